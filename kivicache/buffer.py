@@ -1,0 +1,97 @@
+"""[`TokenBuffer`]: tokens in order, added at the end without moving those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# A buffer that must grow takes this fraction of its new length as room for more: 1/16 wasted at the most, and a token
+# is copied 16 times over the whole growth of a buffer however long it gets.
+GROWTH = 16
+
+
+class TokenBuffer:
+    """A tensor ``[batch, heads, tokens, width]`` that grows, shrinks and slides along its tokens.
+
+    ``data`` is ``[batch, heads, capacity, width]``; the tokens are ``data[:, :, start:stop]``. Adding tokens writes
+    behind ``stop`` and never over existing ones, so what [`read`] gave earlier keeps its content: when the room runs
+    out, the tokens move to a new allocation and the old one lives on with its views.
+
+    No gradient passes through a buffer, and its memory is an ordinary tensor also when it is allocated under
+    ``torch.inference_mode``: a cache filled there must stay writable outside.
+    """
+
+    def __init__(self, like: Tensor, width: int | None = None, dtype: torch.dtype | None = None):
+        """An empty buffer with the batch, heads, device, and unless given width and dtype, of ``like``."""
+        shape = (like.shape[0], like.shape[1], 0, width or like.shape[3])
+        with _ordinary_tensors():
+            self.data = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        self.start = self.stop = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tokens ``start`` to ``stop``, as a view: ``[batch, heads, stop - start, width]``."""
+        stop = len(self) if stop is None else stop
+        return self.data[:, :, self.start + start : self.start + stop]
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` more."""
+        if self.stop + tokens > self.data.shape[2]:
+            self._reallocate(len(self) + tokens)
+
+    def append(self, states: Tensor) -> None:
+        """Add tokens ``[batch, heads, tokens, width]`` at the end."""
+        tokens = states.shape[2]
+        self.reserve(tokens)
+        with _ordinary_tensors():
+            self.data[:, :, self.stop : self.stop + tokens] = states.detach()
+        self.stop += tokens
+
+    def pop(self, tokens: int) -> Tensor:
+        """Take up to ``tokens`` of the oldest tokens out and return them."""
+        oldest = self.read(0, min(tokens, len(self)))
+        self.start += oldest.shape[2]
+        if self.data.shape[2] - len(self) > len(self) // GROWTH + 1:
+            self._reallocate(len(self))
+        return oldest
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        self.stop = min(self.stop, self.start + length)
+
+    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Replace the content by ``select`` of it, which may change the batch dimension alone."""
+        with _ordinary_tensors():
+            self.data = select(self.data).contiguous()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
+        with _ordinary_tensors():
+            self.data = self.data.to(device, non_blocking=non_blocking)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held."""
+        return self.read().nbytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes allocated, the room for more tokens included."""
+        return self.data.nbytes
+
+    def _reallocate(self, length: int) -> None:
+        batch, heads, _, width = self.data.shape
+        with _ordinary_tensors():
+            data = self.data.new_empty(batch, heads, length + length // GROWTH, width)
+            data[:, :, : len(self)] = self.read()
+        self.data, self.start, self.stop = data, 0, len(self)
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,142 @@
+"""[`KIVICache`]: the cache that a model's ``generate`` takes as ``past_key_values``."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from kivicache.config import KIVIConfig
+from kivicache.layer import KIVILayer
+from kivicache.memory import MemoryReport, format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class KIVICache(DynamicCache):
+    """A ``DynamicCache`` that keeps keys and values in 2, 4 or 8 bits (KIVI, arXiv 2402.02750).
+
+    ```python
+    model.generate(**inputs, past_key_values=KIVICache(KIVIConfig(nbits=4), config=model.config))
+    ```
+
+    Args:
+        cfg: a [`KIVIConfig`], a dict of its fields, or a path to a YAML file of them. Default: ``KIVIConfig()``.
+        config: the model's own config. With it, full-attention layers are packed and every other layer (sliding
+            window, linear attention, KV-shared, ...) is what ``DynamicCache(config=config)`` makes it. Without it,
+            every layer is packed, which plain decoders can do with.
+        offloading, offload_only_non_sliding: as for ``DynamicCache``.
+
+    Raises:
+        ValueError: naming the setting, what was given and what is allowed.
+    """
+
+    def __init__(
+        self,
+        cfg: KIVIConfig | Mapping[Any, Any] | str | Path | None = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ):
+        self.kivi_config = _as_kivi_config(cfg)
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        if config is None:
+            self.layer_class_to_replicate = self._next_layer  # type: ignore[assignment]  # called as a class would be
+        else:
+            self._pack_full_attention_layers()
+
+    def _next_layer(self) -> KIVILayer:
+        return KIVILayer(self.kivi_config.layer(len(self.layers)))
+
+    def _pack_full_attention_layers(self) -> None:
+        packable = [idx for idx, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        for name in ("layers", "heads"):
+            refused = sorted(set(getattr(self.kivi_config, name)) - set(packable))
+            if refused:
+                raise ValueError(
+                    f"{name}: got layer {refused[0]}; allowed: {packable}, the model's {len(packable)} full-attention "
+                    f"layers of {len(self.layers)}"
+                )
+        for layer_idx in packable:
+            self.layers[layer_idx] = KIVILayer(self.kivi_config.layer(layer_idx))
+        if not packable:
+            logger.warning("KIVICache packs nothing: the model has no full-attention layer, only %s", self._kinds())
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: a growing cache has no fixed shapes. (Without this, an all-linear model would be compiled.)"""
+        return False
+
+    def memory(self) -> MemoryReport:
+        """True bytes held, in sum and in ``.layers`` one by one, see [`MemoryReport`]."""
+        layers = tuple(layer.memory() if isinstance(layer, KIVILayer) else _held_by(layer) for layer in self.layers)
+        total = sum(layers, MemoryReport())
+        return MemoryReport(**{**vars(total), "layers": layers})
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._refuse_without_config("keeps convolution states")
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._refuse_without_config("keeps recurrent states")
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._refuse_without_config("keeps indexer keys")
+        return super().update_indexer(*args, **kwargs)
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        self._refuse_without_config("keeps linear-attention states")
+        return super().has_previous_state(*args, **kwargs)
+
+    def _refuse_without_config(self, what: str) -> None:
+        if self.layer_class_to_replicate is not None:
+            raise ValueError(
+                f"this model {what}, so the cache must know its layers: pass KIVICache(..., config=model.config)"
+            )
+
+    def _kinds(self) -> str:
+        """The layers by kind: "28 x K4V2 g32, 4 x DynamicSlidingWindowLayer"."""
+        kinds = Counter(
+            str(layer.config) if isinstance(layer, KIVILayer) else type(layer).__name__ for layer in self.layers
+        )
+        return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+    def __repr__(self) -> str:
+        if not self.layers:
+            return f"{type(self).__name__}({self.kivi_config.layer(0)}, empty)"
+        memory = self.memory()
+        tokens = max((layer.get_seq_length() for layer in self.layers if isinstance(layer, DynamicLayer)), default=0)
+        size = f"{format_bytes(memory.total)}, {memory.bits_per_value:.2f} bits per value"
+        return f"{type(self).__name__}({self._kinds()}; {tokens} tokens, {size})"
+
+
+def _as_kivi_config(cfg: Any) -> KIVIConfig:
+    if cfg is None:
+        return KIVIConfig()
+    if isinstance(cfg, KIVIConfig):
+        return cfg
+    if isinstance(cfg, Mapping):
+        return KIVIConfig.from_dict(cfg)
+    if isinstance(cfg, (str, Path)):
+        return KIVIConfig.from_yaml(cfg)
+    hint = "; the model's own config goes to config=" if isinstance(cfg, PreTrainedConfig) else ""
+    raise ValueError(f"cfg: got {type(cfg).__name__}; allowed: a KIVIConfig, a dict, or a path to a YAML file{hint}")
+
+
+def _held_by(layer: Any) -> MemoryReport:
+    """The bytes of a layer that is not ours: its keys and values, and any states that it keeps in dicts."""
+    tensors = []
+    for name, held in vars(layer).items():
+        if not name.startswith("_"):
+            tensors += [t for t in (held.values() if isinstance(held, dict) else [held]) if isinstance(t, Tensor)]
+    return MemoryReport(
+        full_precision=sum(t.untyped_storage().nbytes() for t in tensors), values=sum(t.numel() for t in tensors)
+    )

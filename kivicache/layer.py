@@ -1,0 +1,208 @@
+"""[`KIVILayer`]: one attention layer of the cache. The file to read first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from kivicache.config import LayerConfig
+from kivicache.memory import MemoryReport
+from kivicache.policy import packed_lengths
+from kivicache.states import KIVIStates
+
+_SIDES = ("keys", "values")
+
+
+class KIVILayer(DynamicLayer):
+    """A full-attention layer whose older tokens are packed.
+
+    It stands in for ``transformers.cache_utils.DynamicLayer``: same calls, same shapes, and ``keys`` and ``values``
+    read and assign the whole dense tensors ``[batch, kv_heads, tokens, head_dim]``.
+    """
+
+    def __init__(self, config: LayerConfig):
+        self.config = config
+        self._keys: KIVIStates | None = None
+        self._values: KIVIStates | None = None
+        super().__init__()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Cache new tokens and return what the attention sees.
+
+        A prompt on an empty cache attends to its own exact keys and values. Later tokens attend to the cache as it
+        was before this call, dequantized, followed by their own exact keys and values. Then the tokens that have left
+        the window are packed.
+
+        Args:
+            key_states, value_states: ``[batch, kv_heads, new_tokens, head_dim]``; head_dim may differ between them.
+
+        Returns:
+            keys, values: ``[batch, kv_heads, tokens, head_dim]``, all tokens.
+
+        Raises:
+            ValueError: where the new states do not fit the cached ones; the cache is left as it was.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cached_keys, cached_values = self._checked(key_states, value_states)
+        cached_length = len(cached_keys)
+        if cached_length == 0:
+            keys, values = key_states, value_states
+        else:
+            keys, values = cached_keys.read(tail=key_states), cached_values.read(tail=value_states)
+        key_length, value_length = packed_lengths(self.config, cached_length + key_states.shape[2])
+        cached_keys.append(key_states, key_length)
+        cached_values.append(value_states, value_length)
+        return keys, values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Prepare empty stores with the batch, heads, widths, dtype and device of the first states."""
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            _check_dimensions(name, states)
+        self._keys, self._values = self._empty("keys", key_states), self._empty("values", value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys as one dense tensor, dequantized at each reading; None before the first update.
+
+        Assigning takes a tensor as the layer's new content. A tensor that only shortens what is there, such as
+        ``layer.keys[:, :, :n]``, crops: the codes that remain are not touched.
+        """
+        return None if self._keys is None else self._keys.read()
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self._keys = self._assigned("keys", self._keys, states)
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values as one dense tensor; reads and assigns as ``keys`` does."""
+        return None if self._values is None else self._values.read()
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self._values = self._assigned("values", self._values, states)
+
+    def get_seq_length(self) -> int:
+        """How many tokens are cached."""
+        return 0 if self._keys is None else len(self._keys)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens; 0 changes nothing.
+
+        Raises:
+            ValueError: for a positive number, which transformers 5.20 no longer allows.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove: got {tokens_to_remove}; allowed: 0, or a negative number of tokens to remove"
+            )
+        if tokens_to_remove < 0:
+            for states in self._states():
+                states.crop(max(len(states) + tokens_to_remove, 0))
+
+    def reset(self) -> None:
+        """Forget everything: the layer is as new."""
+        self._keys = self._values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let sequence ``i`` of the batch continue from sequence ``beam_idx[i]``."""
+        self._map_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch ``repeats`` times."""
+        self._map_batch(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` of the batch."""
+        self._map_batch(lambda states: states[indices, ...])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        for states in self._states():
+            states.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        for states in self._states():
+            states.to(self.device, non_blocking=True)
+
+    def memory(self) -> MemoryReport:
+        """The bytes held, see [`MemoryReport`]."""
+        return sum((states.memory() for states in self._states()), MemoryReport())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config}, {self.get_seq_length()} tokens)"
+
+    def _empty(self, name: str, like: Tensor) -> KIVIStates:
+        """Empty stores for the "keys" or the "values", shaped like the states ``like``."""
+        config, kv_heads, side = self.config, like.shape[1], _SIDES.index(name)
+        if any(head >= kv_heads for head in config.heads):
+            raise ValueError(
+                f"heads: got kv head {max(config.heads)}; allowed: 0 to {kv_heads - 1}, the layer's kv heads"
+            )
+        nbits = (config.nbits_key, config.nbits_value)[side]
+        axis = (config.axis_key, config.axis_value)[side]
+        per_head = [config.heads[head][side] if head in config.heads else nbits for head in range(kv_heads)]
+        return KIVIStates(like, per_head, axis, config)
+
+    def _assigned(self, name: str, cached: KIVIStates | None, states: Tensor | None) -> KIVIStates | None:
+        """The stores after the dense tensor ``states`` was assigned to ``keys`` or ``values``."""
+        if states is None:
+            return None
+        _check_dimensions(name, states)
+        length = states.shape[2]
+        if cached is not None and length <= len(cached) and torch.equal(states, cached.read()[:, :, :length]):
+            cached.crop(length)
+            return cached
+        fresh = self._empty(name, states)
+        fresh.append(states, packed_lengths(self.config, length)[_SIDES.index(name)])
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = states.dtype, states.device, True
+        return fresh
+
+    def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[KIVIStates, KIVIStates]:
+        """Both stores, once the new states are known to fit them and each other."""
+        if self._keys is None or self._values is None or len(self._keys) != len(self._values):
+            keys, values = (0 if states is None else len(states) for states in (self._keys, self._values))
+            raise ValueError(f"keys hold {keys} tokens, values {values}: assign both before the next update")
+        for name, states, cached in (
+            ("key_states", key_states, self._keys),
+            ("value_states", value_states, self._values),
+        ):
+            _check_dimensions(name, states)
+            batch, kv_heads, _, head_dim = cached.residual.data.shape
+            if (states.shape[0], states.shape[1], states.shape[3]) != (batch, kv_heads, head_dim):
+                raise ValueError(
+                    f"{name}: got shape {list(states.shape)}; allowed: [{batch}, {kv_heads}, new_tokens, {head_dim}], "
+                    "as cached"
+                )
+            if states.dtype != cached.residual.data.dtype:
+                raise ValueError(f"{name}: got {states.dtype}; allowed: {cached.residual.data.dtype}, as cached")
+        if key_states.shape[2] != value_states.shape[2]:
+            raise ValueError(
+                f"value_states: got {value_states.shape[2]} tokens; allowed: {key_states.shape[2]}, as in key_states"
+            )
+        return self._keys, self._values
+
+    def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        for states in self._states():
+            states.map_batch(select)
+
+    def _states(self) -> Iterator[KIVIStates]:
+        return (states for states in (self._keys, self._values) if states is not None)
+
+
+def _check_dimensions(name: str, states: Tensor) -> None:
+    if states.dim() != 4 or not states.is_floating_point():
+        raise ValueError(
+            f"{name}: got {states.dtype} of shape {list(states.shape)}; allowed: a floating tensor "
+            "[batch, kv_heads, tokens, head_dim]"
+        )

@@ -1,0 +1,89 @@
+"""[`PackedTokens`]: tokens kept as packed codes with a scale and a minimum per group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kivicache.backends import get_backend
+from kivicache.buffer import TokenBuffer
+from kivicache.packing import pack, unpack, words_per_token
+from kivicache.quantization import METADATA_DTYPE, dequantize
+from kivicache.rotation import hadamard, rotation_block
+
+
+class PackedTokens:
+    """Keys or values of some heads in ``nbits`` bits, with the interface of a [`TokenBuffer`].
+
+    ``codes`` holds int16 words ``[batch, heads, tokens, words]`` (see [`kivicache.packing`]); ``scale`` and
+    ``minimum`` hold float16 ``[batch, heads, groups, head_dim]`` where groups run along a channel, or
+    ``[batch, heads, tokens, groups]`` where they run along a token. Tokens are only ever added; what is stored is
+    never quantized again.
+    """
+
+    def __init__(self, like: Tensor, nbits: int, group_size: int, axis: str, rotation: str | None, backend: str):
+        """An empty store for states shaped like ``like`` ``[batch, heads, tokens, head_dim]``."""
+        self.head_dim, self.dtype = like.shape[3], like.dtype
+        self.nbits, self.axis, self.rotation = nbits, axis, rotation
+        self.group_size = self.head_dim if group_size == -1 else group_size
+        self.backend = get_backend(backend)
+        if rotation is not None:
+            rotation_block(self.head_dim)  # refuses a head_dim that cannot turn
+        groups_width = self.head_dim if axis == "channel" else -(-self.head_dim // self.group_size)
+        self.codes = TokenBuffer(like, words_per_token(self.head_dim, nbits), torch.int16)
+        self.scale = TokenBuffer(like, groups_width, METADATA_DTYPE)
+        self.minimum = TokenBuffer(like, groups_width, METADATA_DTYPE)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def tokens_per_group(self) -> int:
+        """How many tokens one scale covers: tokens come and go in multiples of it."""
+        return self.group_size if self.axis == "channel" else 1
+
+    def append(self, states: Tensor) -> None:
+        """Quantize ``[batch, heads, tokens, head_dim]`` and add them; ``tokens`` in multiples of tokens_per_group."""
+        if self.rotation is not None:
+            states = hadamard(states.float())
+        codes, scale, minimum = self.backend.quantize(states, self.nbits, self.group_size, self.axis)
+        self.codes.append(pack(codes, self.nbits))
+        self.scale.append(scale)
+        self.minimum.append(minimum)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Tokens ``start`` to ``stop`` dequantized; ``start`` a multiple of tokens_per_group."""
+        first, last = start // self.tokens_per_group, -(-stop // self.tokens_per_group)
+        codes = unpack(self.codes.read(start, last * self.tokens_per_group), self.nbits, self.head_dim)
+        states = dequantize(
+            codes, self.scale.read(first, last), self.minimum.read(first, last), self.group_size, self.axis
+        )
+        if self.rotation is not None:
+            states = hadamard(states)
+        return states[:, :, : stop - start].to(self.dtype)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` more."""
+        self.codes.reserve(tokens)
+        self.scale.reserve(tokens // self.tokens_per_group)
+        self.minimum.reserve(tokens // self.tokens_per_group)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` tokens, a multiple of tokens_per_group."""
+        self.codes.truncate(length)
+        self.scale.truncate(length // self.tokens_per_group)
+        self.minimum.truncate(length // self.tokens_per_group)
+
+    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        for buffer in self.buffers:
+            buffer.map_batch(select)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
+        for buffer in self.buffers:
+            buffer.to(device, non_blocking)
+
+    @property
+    def buffers(self) -> tuple[TokenBuffer, TokenBuffer, TokenBuffer]:
+        return self.codes, self.scale, self.minimum

@@ -1,0 +1,143 @@
+"""[`KIVIStates`]: the keys, or the values, of one layer: sinks | packed tokens | residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kivicache.buffer import TokenBuffer
+from kivicache.config import LayerConfig
+from kivicache.memory import MemoryReport
+from kivicache.packed import PackedTokens
+
+# Tokens that are quantized or dequantized at once: bounds the float32 temporaries, however long the cache is.
+CHUNK_LENGTH = 512
+
+
+class KIVIStates:
+    """Keys or values of one layer in order of tokens: the first ones exact, then packed ones, the newest exact.
+
+    Heads of different bits lie in stores of their own: ``packed`` lists (heads, store), where ``heads`` indexes the
+    head dimension. A store of 16-bit heads is a plain [`TokenBuffer`].
+    """
+
+    def __init__(self, like: Tensor, nbits: Sequence[int], axis: str, config: LayerConfig):
+        """Empty states.
+
+        Args:
+            like: ``[batch, kv_heads, tokens, head_dim]`` whose shape (but for the tokens), dtype and device are kept.
+            nbits: 2, 4, 8 or 16 for each kv head.
+            axis: what a group runs along, "channel" or "token".
+            config: group size, sinks, rotation and backend of the layer.
+        """
+        self.sink_length = config.sink_length
+        self.sinks = TokenBuffer(like)
+        self.residual = TokenBuffer(like)
+        self.packed: list[tuple[list[int] | slice, TokenBuffer | PackedTokens]] = []
+        for bits in sorted(set(nbits)):
+            members = [head for head, head_bits in enumerate(nbits) if head_bits == bits]
+            heads = slice(None) if len(members) == len(nbits) else members
+            if bits == 16:
+                store: TokenBuffer | PackedTokens = TokenBuffer(like[:, heads])
+            else:
+                store = PackedTokens(like[:, heads], bits, config.group_size, axis, config.rotation, config.backend)
+            self.packed.append((heads, store))
+        self.tokens_per_group = config.group_size if axis == "channel" else 1
+
+    def __len__(self) -> int:
+        return len(self.sinks) + self.packed_length + len(self.residual)
+
+    @property
+    def packed_length(self) -> int:
+        return len(self.packed[0][1])
+
+    def append(self, states: Tensor, packed_length: int) -> None:
+        """Add tokens, and pack the oldest exact ones until ``packed_length`` are packed.
+
+        Args:
+            states: ``[batch, kv_heads, tokens, head_dim]``.
+            packed_length: from [`kivicache.policy.packed_lengths`]; fewer than there are changes nothing.
+        """
+        sinks = min(self.sink_length - len(self.sinks), states.shape[2])
+        self.sinks.append(states[:, :, :sinks])
+        states = states[:, :, sinks:]
+        missing = max(packed_length - self.packed_length, 0)
+        for _, store in self.packed:
+            store.reserve(missing)
+        # Chunk by chunk, from the residual and then straight from the new states: a long prompt is never copied.
+        chunk_length = max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
+        while missing > 0:
+            old = self.residual.pop(min(missing, chunk_length))
+            new = min(missing, chunk_length) - old.shape[2]
+            chunk, states = torch.cat([old, states[:, :, :new]], dim=2), states[:, :, new:]
+            for heads, store in self.packed:
+                store.append(chunk[:, heads])
+            missing -= chunk.shape[2]
+        self.residual.append(states)
+
+    def read(self, tail: Tensor | None = None) -> Tensor:
+        """All tokens as one dense tensor ``[batch, kv_heads, tokens, head_dim]``, those of ``tail`` behind them."""
+        batch, kv_heads, _, head_dim = self.residual.data.shape
+        length = len(self) + (0 if tail is None else tail.shape[2])
+        states = self.residual.data.new_empty(batch, kv_heads, length, head_dim)
+        first, last = len(self.sinks), len(self.sinks) + self.packed_length
+        states[:, :, :first] = self.sinks.read()
+        self._read_packed(0, self.packed_length, out=states[:, :, first:last])
+        states[:, :, last : len(self)] = self.residual.read()
+        if tail is not None:
+            states[:, :, len(self) :] = tail
+        return states
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens.
+
+        A key group that is cut in two cannot stay packed, its scale covers whole groups: the tokens that remain of it
+        go on in the residual with the values they have.
+        """
+        self.residual.truncate(max(length - len(self.sinks) - self.packed_length, 0))
+        keep = min(max(length - len(self.sinks), 0), self.packed_length)
+        whole = keep - keep % self.tokens_per_group
+        cut = self.residual.data.new_empty(*self.residual.data.shape[:2], keep - whole, self.residual.data.shape[3])
+        self._read_packed(whole, keep, out=cut)
+        for _, store in self.packed:
+            store.truncate(whole)
+        self.sinks.truncate(length)
+        self.residual.append(cut)
+
+    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by ``select`` of it, which may change the batch dimension alone."""
+        for store in self._stores():
+            store.map_batch(select)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
+        for store in self._stores():
+            store.to(device, non_blocking)
+
+    def memory(self) -> MemoryReport:
+        """The bytes held, see [`MemoryReport`]."""
+        packed = [store for _, store in self.packed if isinstance(store, PackedTokens)]
+        exact = [store for _, store in self.packed if isinstance(store, TokenBuffer)]
+        buffers = [self.sinks, self.residual, *exact, *(buffer for store in packed for buffer in store.buffers)]
+        batch, kv_heads, _, head_dim = self.residual.data.shape
+        return MemoryReport(
+            codes=sum(store.codes.nbytes for store in packed),
+            scales=sum(store.scale.nbytes + store.minimum.nbytes for store in packed),
+            sinks=self.sinks.nbytes,
+            residual=self.residual.nbytes,
+            full_precision=sum(store.nbytes for store in exact),
+            slack=sum(buffer.allocated_nbytes - buffer.nbytes for buffer in buffers),
+            values=batch * kv_heads * len(self) * head_dim,
+            packed_values=sum(batch * store.codes.data.shape[1] * len(store) * head_dim for store in packed),
+        )
+
+    def _read_packed(self, start: int, stop: int, out: Tensor) -> None:
+        chunk_length = max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
+        for first in range(start, stop, chunk_length):
+            last = min(first + chunk_length, stop)
+            for heads, store in self.packed:
+                out[:, heads, first - start : last - start] = store.read(first, last)
+
+    def _stores(self) -> list[TokenBuffer | PackedTokens]:
+        return [self.sinks, *(store for _, store in self.packed), self.residual]
