@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from kivicache.backends import get_backend
 from kivicache.config import KIVIConfig
 from kivicache.layer import KIVILayer
 from kivicache.memory import MemoryReport, format_bytes
@@ -35,6 +36,7 @@ class KIVICache(DynamicCache):
 
     Raises:
         ValueError: naming the setting, what was given and what is allowed.
+        ImportError: where the library of a backend is missing, with the command that installs it.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class KIVICache(DynamicCache):
         offload_only_non_sliding: bool = False,
     ):
         self.kivi_config = _as_kivi_config(cfg)
+        for backend in self.kivi_config.backends:
+            get_backend(backend)  # a missing library is said here, not in the middle of a generation
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         if config is None:
             self.layer_class_to_replicate = self._next_layer  # type: ignore[assignment]  # called as a class would be
@@ -79,6 +83,14 @@ class KIVICache(DynamicCache):
         layers = tuple(layer.memory() if isinstance(layer, KIVILayer) else _held_by(layer) for layer in self.layers)
         total = sum(layers, MemoryReport())
         return MemoryReport(**{**vars(total), "layers": layers})
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        self._refuse_without_config("keeps convolution states")
+        return super().get_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        self._refuse_without_config("keeps recurrent states")
+        return super().get_recurrent_state(*args, **kwargs)
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
         self._refuse_without_config("keeps convolution states")

@@ -52,7 +52,7 @@ class _Settings:
         group = self.group_size if self.axis_key == "channel" else 1
         if self.residual_length < 1 or self.residual_length % group:
             raise ValueError(
-                f"residual_length: got {self.residual_length}; allowed: positive multiples of the key group ({group}), "
+                f"residual_length: got {self.residual_length}; allowed: positive multiples of {group}, the key group, "
                 'as policy "paper" quantizes that many keys at once'
             )
 
@@ -147,6 +147,11 @@ class KIVIConfig(_Settings):
             for head, bits in self.heads.get(layer_idx, {}).items()
         }
         return LayerConfig(**settings, heads=heads)
+
+    @property
+    def backends(self) -> set[str]:
+        """Every backend that some layer uses."""
+        return {self.backend, *(settings["backend"] for settings in self.layers.values() if "backend" in settings)}
 
     @classmethod
     def paper(cls, nbits: int) -> KIVIConfig:

@@ -138,6 +138,13 @@ class KIVILayer(DynamicLayer):
         """The bytes held, see [`MemoryReport`]."""
         return sum((states.memory() for states in self._states()), MemoryReport())
 
+    def __getattr__(self, name: str) -> Any:
+        # Some models call methods of their own kind of layer, which a cache without their config did not make.
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}: if the model looks for it, its layers are not "
+            "plain attention, and the cache must know them: pass KIVICache(..., config=model.config)"
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, {self.get_seq_length()} tokens)"
 

@@ -40,8 +40,8 @@ def quantize(states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Te
     """
     groups, dim = _group(states.float(), group_size, axis)
     low, high = groups.aminmax(dim=dim)
-    minimum = _to_metadata(low)
-    scale = _to_metadata((high - low) / (2**nbits - 1))
+    minimum = to_metadata(low)
+    scale = to_metadata((high - low) / (2**nbits - 1))
     # a non-finite value anywhere in the group makes both ends' difference non-finite
     minimum = torch.where((high - low).isfinite(), minimum, torch.nan)
     codes = encode(states, scale, minimum, nbits, group_size, axis)
@@ -59,7 +59,7 @@ def encode(states: Tensor, scale: Tensor, minimum: Tensor, nbits: int, group_siz
 def dequantize(codes: Tensor, scale: Tensor, minimum: Tensor, group_size: int, axis: str) -> Tensor:
     """``codes * scale + minimum`` in float32, the shape of ``codes``."""
     scale, minimum = (_ungroup(x.float(), codes.shape, group_size, axis) for x in (scale, minimum))
-    return torch.addcmul(minimum, codes.float(), scale)
+    return codes.float().mul_(scale).add_(minimum)
 
 
 def _group(states: Tensor, group_size: int, axis: str) -> tuple[Tensor, int]:
@@ -74,10 +74,13 @@ def _group(states: Tensor, group_size: int, axis: str) -> tuple[Tensor, int]:
 
 def _ungroup(per_group: Tensor, shape: torch.Size, group_size: int, axis: str) -> Tensor:
     """Repeat a per-group tensor to one entry per value of ``shape``."""
-    if axis == "channel":
-        return per_group.repeat_interleave(group_size, dim=2)
-    return per_group.repeat_interleave(group_size, dim=3)[..., : shape[3]]
+    dim = 2 if axis == "channel" else 3
+    repeated = per_group.unsqueeze(dim + 1).expand(
+        *per_group.shape[: dim + 1], group_size, *per_group.shape[dim + 1 :]
+    )
+    return repeated.flatten(dim, dim + 1)[..., : shape[3]]
 
 
-def _to_metadata(x: Tensor) -> Tensor:
+def to_metadata(x: Tensor) -> Tensor:
+    """A scale or minimum as it is stored: float16, beyond its range the nearest finite number."""
     return x.clamp(-_METADATA_MAX, _METADATA_MAX).to(METADATA_DTYPE)

@@ -1,6 +1,6 @@
 """Backends, which choose the codes: one file each, registered by its import here."""
 
-from kivicache.backends import native
-from kivicache.backends.base import Backend, available_backends, get_backend
+from kivicache.backends import hqq, native, quanto
+from kivicache.backends.base import Backend, LibraryBackend, available_backends, get_backend
 
-__all__ = ["Backend", "available_backends", "get_backend", "native"]
+__all__ = ["Backend", "LibraryBackend", "available_backends", "get_backend", "hqq", "native", "quanto"]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from kivicache.quantization import encode, to_metadata
 
 _REGISTRY: dict[str, type[Backend]] = {}
 
@@ -12,14 +17,16 @@ _REGISTRY: dict[str, type[Backend]] = {}
 class Backend(ABC):
     """Chooses the codes of a tensor of keys or values.
 
-    A subclass names itself, ``class MyBackend(Backend, name="mine")``, and writes one method.
+    A subclass names itself, ``class MyBackend(Backend, name="mine")``, and writes one method. One without a name is
+    not registered: it is a base for others.
     """
 
-    def __init_subclass__(cls, name: str, **kwargs: object) -> None:
+    def __init_subclass__(cls, name: str | None = None, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if name in _REGISTRY:
             raise ValueError(f"backend {name!r} is already registered, by {_REGISTRY[name].__name__}")
-        _REGISTRY[name] = cls
+        if name is not None:
+            _REGISTRY[name] = cls
 
     @abstractmethod
     def quantize(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,11 +37,70 @@ class Backend(ABC):
         """
 
 
+class LibraryBackend(Backend):
+    """Lets a library choose each group's scale and minimum, from a plain matrix with one group per row.
+
+    The groups are ours, so none straddles heads, tokens or channels whatever the library would group. The codes are
+    the nearest ones, as they are in the libraries too, but for scale and minimum as stored in float16: the library's
+    codes belong to unrounded ones, and with them an 8-bit channel far from zero has twice the error. Non-finite
+    groups read back as NaN and never reach the library, where one could spoil a criterion that all groups share.
+    """
+
+    def quantize(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+        groups = _group_last(states.detach().float(), group_size, axis)
+        low, high = groups.aminmax(dim=-1)
+        finite = (high - low).isfinite()
+        rows = torch.where(finite[..., None], groups, 0.0).reshape(-1, group_size)
+        scale, minimum = (to_metadata(x.float().view(finite.shape)) for x in self.fit(rows, nbits))
+        minimum = torch.where(finite, minimum, torch.nan)
+        return encode(states, scale, minimum, nbits, group_size, axis), scale, minimum
+
+    @abstractmethod
+    def fit(self, rows: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+        """The library's scale and minimum, as in ``x = code * scale + minimum``.
+
+        Args:
+            rows: float32 ``[groups, group_size]``, all finite.
+            nbits: 2, 4 or 8.
+
+        Returns:
+            scale, minimum: ``[groups]`` or ``[groups, 1]``, any floating dtype.
+        """
+
+
+def _group_last(states: Tensor, group_size: int, axis: str) -> Tensor:
+    """``states`` with each group along the last dimension, the shape before it that of scale and minimum."""
+    if axis == "channel":
+        return states.unflatten(2, (-1, group_size)).transpose(3, 4)
+    head_dim = states.shape[3]
+    if missing := -head_dim % group_size:
+        # Fill the ragged last group with its own channels over again: its range stays, and its mean very nearly.
+        ragged = head_dim % group_size
+        again = head_dim - ragged + torch.arange(missing, device=states.device) % ragged
+        states = torch.cat([states, states[..., again]], dim=3)
+    return states.unflatten(3, (-1, group_size))
+
+
+def import_library(module: str, extra: str) -> Any:
+    """Import what the backend ``extra`` needs: when one is made, so that ``import kivicache`` stays light.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'backend {extra!r} cannot import {module} ({error}); install it with: pip install "kivicache[{extra}]"'
+        ) from error
+
+
 def get_backend(name: str) -> Backend:
     """The backend of that name.
 
     Raises:
         ValueError: for a name that no backend has, with those there are.
+        ImportError: where the library behind it is missing, with the command that installs it.
     """
     if name not in _REGISTRY:
         raise ValueError(f"backend: got {name!r}; allowed: {', '.join(map(repr, available_backends()))}")
@@ -42,5 +108,5 @@ def get_backend(name: str) -> Backend:
 
 
 def available_backends() -> list[str]:
-    """The names of the backends that are registered."""
+    """The names of the backends that are registered, whether or not their libraries are installed."""
     return sorted(_REGISTRY)

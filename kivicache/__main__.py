@@ -1,0 +1,141 @@
+"""The command line: ``kivicache COMMAND``, or ``python -m kivicache COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from kivicache import __version__, demo
+from kivicache.config import CHOICES, KIVIConfig
+from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 for what the user can mend, said in one line on stderr."""
+    parser = _Parser(prog="kivicache", description="A key-value cache in 2, 4 or 8 bits for transformers models.")
+    parser.add_argument("--version", action="version", version=f"kivicache {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (MissingPackage, ValueError, NotImplementedError) as error:
+        print(f"kivicache {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Generate the same text with DynamicCache and with KIVICache, and compare text, speed and memory."
+    parser = commands.add_parser("demo", help="compare KIVICache with full precision", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
+    bits.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+    parser.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="default: %(default)s")
+    parser.add_argument("--prompt", type=_text, default=PROMPT, metavar="TEXT", help="default: a page of Alice")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    config, device = _config(args), _device(args.device)
+    with _progress(args.model, args.max_new_tokens) as on_progress:
+        on_progress("loading model", 0)
+        # 16 bits, as models are served; the embedded copy is stored in 32
+        model, tokenizer = load_model(args.model, device, torch.bfloat16 if args.model is None else "auto")
+        on_progress("loading model", 1)
+        result = demo.compare(model, tokenizer, args.prompt, config, args.max_new_tokens, on_progress)
+    if args.json:
+        print(json.dumps(demo.as_dict(result), indent=2))
+    else:
+        from rich.console import Console
+
+        demo.render(result, Console(highlight=False, markup=False))
+    return 0
+
+
+@contextmanager
+def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgress]:
+    """Progress bars on stderr, one per stage, that vanish when all is done."""
+    if find_spec("rich") is None:
+        raise MissingPackage("rich")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    # A download shows the hub's own bars, and two kinds at once would overwrite each other.
+    downloads = model is not None and not Path(model).is_dir()
+    if not downloads:
+        transformers_logging.disable_progress_bar()
+    console = Console(file=sys.stderr)
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    ) as progress:
+        totals = (1, max_new_tokens, max_new_tokens)
+        tasks = {s: progress.add_task(s, total=n, start=False) for s, n in zip(demo.STAGES, totals, strict=True)}
+
+        def on_progress(stage: str, done: int) -> None:
+            if done == 0:
+                progress.start_task(tasks[stage])
+            progress.update(tasks[stage], completed=done)
+
+        yield on_progress
+
+
+def _config(args: argparse.Namespace) -> KIVIConfig:
+    if args.config is None:
+        return KIVIConfig(nbits=args.nbits)
+    try:
+        return KIVIConfig.from_yaml(args.config)
+    except OSError as error:
+        raise ValueError(f"--config: {args.config}: {error.strerror}") from error
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from 1")
+    return int(text)
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("got an empty text")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
