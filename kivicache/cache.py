@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from kivicache.backends import get_backend
 from kivicache.config import KIVIConfig
 from kivicache.layer import KIVILayer
-from kivicache.memory import MemoryReport, format_bytes
+from kivicache.memory import MemoryReport, format_bytes, held_by
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class KIVICache(DynamicCache):
 
     def memory(self) -> MemoryReport:
         """True bytes held, in sum and in ``.layers`` one by one, see [`MemoryReport`]."""
-        layers = tuple(layer.memory() if isinstance(layer, KIVILayer) else _held_by(layer) for layer in self.layers)
+        layers = tuple(layer.memory() if isinstance(layer, KIVILayer) else held_by(layer) for layer in self.layers)
         total = sum(layers, MemoryReport())
         return MemoryReport(**{**vars(total), "layers": layers})
 
@@ -141,14 +141,3 @@ def _as_kivi_config(cfg: Any) -> KIVIConfig:
         return KIVIConfig.from_yaml(cfg)
     hint = "; the model's own config goes to config=" if isinstance(cfg, PreTrainedConfig) else ""
     raise ValueError(f"cfg: got {type(cfg).__name__}; allowed: a KIVIConfig, a dict, or a path to a YAML file{hint}")
-
-
-def _held_by(layer: Any) -> MemoryReport:
-    """The bytes of a layer that is not ours: its keys and values, and any states that it keeps in dicts."""
-    tensors = []
-    for name, held in vars(layer).items():
-        if not name.startswith("_"):
-            tensors += [t for t in (held.values() if isinstance(held, dict) else [held]) if isinstance(t, Tensor)]
-    return MemoryReport(
-        full_precision=sum(t.untyped_storage().nbytes() for t in tensors), values=sum(t.numel() for t in tensors)
-    )

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from kivicache.cache import KIVICache, _held_by
+from kivicache.cache import KIVICache
 from kivicache.config import KIVIConfig
 from kivicache.layer import KIVILayer
-from kivicache.memory import MemoryReport
+from kivicache.memory import MemoryReport, held_by
 from kivicache.models import encode, token_texts
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _generate(
 
 
 def _memory(cache: DynamicCache) -> MemoryReport:
-    return cache.memory() if isinstance(cache, KIVICache) else sum(map(_held_by, cache.layers), MemoryReport())
+    return cache.memory() if isinstance(cache, KIVICache) else sum(map(held_by, cache.layers), MemoryReport())
 
 
 def _label(cache: DynamicCache) -> str:
@@ -188,7 +188,7 @@ def render(result: Comparison, console: Console) -> None:
             f"{parted.kivi!r}; coloured is what the other text does not have."
         )
     console.print(_figures(result))
-    for note in _notes(result):
+    for note in ("One pair of greedy texts is an example, not a measure of quality.", *_notes(result)):
         console.print(note, style="dim")
 
 
@@ -241,8 +241,7 @@ def _figures(result: Comparison) -> Table:
 
 def _notes(result: Comparison) -> list[str]:
     full, kivi = result.full_precision.memory, result.kivi.memory
-    notes = ["One pair of greedy texts is an example, not a measure of quality."]
-    notes.append(f"KIVICache takes {kivi.bits_per_value / full.bits_per_value:.0%} of DynamicCache's bits per value.")
+    notes = [f"KIVICache takes {kivi.bits_per_value / full.bits_per_value:.0%} of DynamicCache's bits per value."]
     if not kivi.packed_values:
         notes.append("Nothing was packed: the text is no longer than what stays exact, or all of it is in 16 bits.")
     if result.device == "cpu":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,17 @@ class MemoryReport:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
         return "\n".join(f"{label:<{width}}  {text}" for label, text in self.rows())
+
+
+def held_by(layer: Any) -> MemoryReport:
+    """The bytes of a transformers cache layer: its keys and values, and any states that it keeps in dicts."""
+    tensors = []
+    for name, held in vars(layer).items():
+        if not name.startswith("_"):
+            tensors += [t for t in (held.values() if isinstance(held, dict) else [held]) if isinstance(t, Tensor)]
+    return MemoryReport(
+        full_precision=sum(t.untyped_storage().nbytes() for t in tensors), values=sum(t.numel() for t in tensors)
+    )
 
 
 def format_bytes(count: float) -> str:
