@@ -1,5 +1,6 @@
 """What the packed history costs in accuracy: perplexity, and KL to full precision, through the cache.
 
+    pip install -e ".[demo,eval,hqq,quanto]"
     python -m benchmarks.perplexity --text wiki.test.raw
 
 A one-shot perplexity would measure nothing, since a prompt attends to its own exact keys and values. So each sequence
@@ -58,6 +59,26 @@ def scores(log_probs: Tensor, exact: Tensor, targets: Tensor) -> dict[str, float
     }
 
 
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """KL to full precision by setting, a bar each, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if float(row["kl"]) > 0]
+    figure, axes = pyplot.subplots(figsize=(8, 0.38 * len(shown) + 1.2), layout="constrained")
+    colors = ["#0b6e4f" if row["setting"].startswith("KIVICache") else "#b0b0b0" for row in shown]
+    bars = axes.barh([row["setting"] for row in shown], [float(row["kl"]) for row in shown], color=colors)
+    axes.bar_label(bars, [f"{float(row['kl']):.4f}   ppl {float(row['perplexity']):.1f}" for row in shown], padding=4)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=40 * max(float(row["kl"]) for row in shown))
+    axes.set_xlabel("KL divergence to the full-precision cache, nats per token (less is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="a text file, such as WikiText-2's test split")
@@ -101,6 +122,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    plot(rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
