@@ -120,9 +120,12 @@ def _config(args: argparse.Namespace) -> KIVIConfig:
 def _device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError("--device: 'meta' cannot be used: it computes nothing")
+    return device
 
 
 def _positive(text: str) -> int:

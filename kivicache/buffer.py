@@ -11,6 +11,8 @@ from torch import Tensor
 # A buffer that must grow takes this fraction of its new length as room for more: 1/16 wasted at the most, and a token
 # is copied 16 times over the whole growth of a buffer however long it gets.
 GROWTH = 16
+# Capacities are multiples of this many tokens, so that the rows of every head start on the 16 bytes that kernels load.
+ALIGNMENT = 8
 
 
 class TokenBuffer:
@@ -39,6 +41,12 @@ class TokenBuffer:
         stop = len(self) if stop is None else stop
         return self.data[:, :, self.start + start : self.start + stop]
 
+    def snapshot(self) -> TokenBuffer:
+        """The tokens as they are now, without a copy: valid until tokens are cut off the end and others added."""
+        taken = TokenBuffer.__new__(TokenBuffer)
+        taken.data, taken.start, taken.stop = self.data, self.start, self.stop
+        return taken
+
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more."""
         if self.stop + tokens > self.data.shape[2]:
@@ -47,16 +55,16 @@ class TokenBuffer:
     def append(self, states: Tensor) -> None:
         """Add tokens ``[batch, heads, tokens, width]`` at the end."""
         tokens = states.shape[2]
-        self.reserve(tokens)
-        with _ordinary_tensors():
+        if tokens:
+            self.reserve(tokens)
             self.data[:, :, self.stop : self.stop + tokens] = states.detach()
-        self.stop += tokens
+            self.stop += tokens
 
     def pop(self, tokens: int) -> Tensor:
         """Take up to ``tokens`` of the oldest tokens out and return them."""
         oldest = self.read(0, min(tokens, len(self)))
         self.start += oldest.shape[2]
-        if self.data.shape[2] - len(self) > len(self) // GROWTH + 1:
+        if self.data.shape[2] - len(self) > len(self) // GROWTH + ALIGNMENT:
             self._reallocate(len(self))
         return oldest
 
@@ -85,8 +93,9 @@ class TokenBuffer:
 
     def _reallocate(self, length: int) -> None:
         batch, heads, _, width = self.data.shape
+        capacity = -(-(length + length // GROWTH) // ALIGNMENT) * ALIGNMENT
         with _ordinary_tensors():
-            data = self.data.new_empty(batch, heads, length + length // GROWTH, width)
+            data = self.data.new_empty(batch, heads, capacity, width)
             data[:, :, : len(self)] = self.read()
         self.data, self.start, self.stop = data, 0, len(self)
 

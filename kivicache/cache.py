@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,16 @@ class KIVICache(DynamicCache):
         offload_only_non_sliding: bool = False,
     ):
         self.kivi_config = _as_kivi_config(cfg)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config: got {type(config).__name__}; allowed: the model's own config, model.config")
         for backend in self.kivi_config.backends:
             get_backend(backend)  # a missing library is said here, not in the middle of a generation
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         if config is None:
-            self.layer_class_to_replicate = self._next_layer  # type: ignore[assignment]  # called as a class would be
+            # called as a class would be; not a bound method, which would keep the cache alive in a reference cycle
+            self.layer_class_to_replicate = _NextLayer(self.kivi_config, self.layers)  # type: ignore[assignment]
         else:
             self._pack_full_attention_layers()
-
-    def _next_layer(self) -> KIVILayer:
-        return KIVILayer(self.kivi_config.layer(len(self.layers)))
 
     def _pack_full_attention_layers(self) -> None:
         packable = [idx for idx, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -83,6 +84,17 @@ class KIVICache(DynamicCache):
         layers = tuple(layer.memory() if isinstance(layer, KIVILayer) else held_by(layer) for layer in self.layers)
         total = sum(layers, MemoryReport())
         return MemoryReport(**{**vars(total), "layers": layers})
+
+    def explain(self) -> dict[int, str]:
+        """What each layer's decode attention reads: "packed" bytes, fused, or "dense" tensors and the reasons why."""
+        explained = {}
+        for layer_idx, layer in enumerate(self.layers):
+            if isinstance(layer, KIVILayer):
+                reasons = "; ".join(layer.dense_reasons())
+                explained[layer_idx] = f"dense: {reasons}" if reasons else "packed"
+            else:
+                explained[layer_idx] = f"{type(layer).__name__}: left as it is"
+        return explained
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
         self._refuse_without_config("keeps convolution states")
@@ -128,6 +140,17 @@ class KIVICache(DynamicCache):
         tokens = max((layer.get_seq_length() for layer in self.layers if isinstance(layer, DynamicLayer)), default=0)
         size = f"{format_bytes(memory.total)}, {memory.bits_per_value:.2f} bits per value"
         return f"{type(self).__name__}({self._kinds()}; {tokens} tokens, {size})"
+
+
+@dataclass
+class _NextLayer:
+    """Makes the layers of a cache that does not know its model, one by one, with the settings of their index."""
+
+    kivi_config: KIVIConfig
+    layers: list[Any]
+
+    def __call__(self) -> KIVILayer:
+        return KIVILayer(self.kivi_config.layer(len(self.layers)))
 
 
 def _as_kivi_config(cfg: Any) -> KIVIConfig:

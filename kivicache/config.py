@@ -93,7 +93,7 @@ class KIVIConfig(_Settings):
     one and the same token. [`KIVIConfig.paper`] is the paper to the letter.
 
     Args:
-        nbits: sets both of the next two; only one of the two ways may be used.
+        nbits: for the constructor alone: sets both of the next two; only one of the two ways may be used.
         nbits_key, nbits_value: 2, 4, 8, or 16 (kept in full precision, bit-identical to ``DynamicCache``).
             Default 4 and 2: keys need more bits than values (KVTuner, arXiv 2502.04420).
         group_size: values that share a scale and a minimum: tokens where the axis is "channel", channels where it
@@ -196,7 +196,7 @@ class KIVIConfig(_Settings):
     def from_yaml(cls, path: str | Path) -> KIVIConfig:
         """Read a file written by [`to_yaml`], by hand, or by KVTuner (see [`from_dict`])."""
         try:
-            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -208,14 +208,31 @@ class KIVIConfig(_Settings):
         return text
 
 
+class _Loader(yaml.SafeLoader):
+    """``yaml.safe_load``'s loader, but a key that is given twice is an error: the last one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key}: given twice; allowed: once")
+        return super().construct_mapping(node, deep)
+
+
 def _is_index(key: Any) -> bool:
-    return (isinstance(key, int) and not isinstance(key, bool)) or (isinstance(key, str) and key.isdigit())
+    return (isinstance(key, int) and not isinstance(key, bool)) or (isinstance(key, str) and key.isdecimal())
 
 
-def _index(name: str, key: Any) -> int:
-    if not _is_index(key) or int(key) < 0:
-        raise ValueError(f"{name}: got index {key!r}; allowed: whole numbers from 0")
-    return int(key)
+def _indexed(name: str, mapping: Any) -> dict[int, Any]:
+    """``mapping`` with its indices as whole numbers, which text such as "0" may stand for."""
+    indexed: dict[int, Any] = {}
+    for key, value in _mapping(name, mapping).items():
+        if not _is_index(key) or int(key) < 0:
+            raise ValueError(f"{name}: got index {key!r}; allowed: whole numbers from 0")
+        if int(key) in indexed:
+            raise ValueError(f"{name}: got index {key!r} twice; allowed: once")
+        indexed[int(key)] = value
+    return indexed
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -251,19 +268,18 @@ def _checked_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_layers(layers: Any) -> dict[int, dict[str, Any]]:
     allowed = ["nbits", "nbits_key", "nbits_value", *(f.name for f in fields(_Settings))]
     return {
-        _index("layers", layer_idx): _checked_mapping(f"layers[{layer_idx}]", settings, allowed)
-        for layer_idx, settings in _mapping("layers", layers).items()
+        layer_idx: _checked_mapping(f"layers[{layer_idx}]", settings, allowed)
+        for layer_idx, settings in _indexed("layers", layers).items()
     }
 
 
 def _checked_heads(heads: Any) -> dict[int, dict[int, dict[str, int]]]:
     checked: dict[int, dict[int, dict[str, int]]] = {}
-    for layer_idx, per_head in _mapping("heads", heads).items():
-        layer_heads = checked[_index("heads", layer_idx)] = {}
-        for head, bits in _mapping(f"heads[{layer_idx}]", per_head).items():
-            name = f"heads[{layer_idx}][{head}]"
+    for layer_idx, per_head in _indexed("heads", heads).items():
+        checked[layer_idx] = {}
+        for head, bits in _indexed(f"heads[{layer_idx}]", per_head).items():
             bits = bits if isinstance(bits, Mapping) else {"nbits": bits}
-            layer_heads[_index(f"heads[{layer_idx}]", head)] = _checked_mapping(name, bits, HEAD_FIELDS)
+            checked[layer_idx][head] = _checked_mapping(f"heads[{layer_idx}][{head}]", bits, HEAD_FIELDS)
     return checked
 
 

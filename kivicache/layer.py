@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from kivicache.attention import MAX_QUERY_LENGTH, PackedStates, layer_reasons
 from kivicache.config import LayerConfig
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
@@ -28,6 +29,7 @@ class KIVILayer(DynamicLayer):
         self.config = config
         self._keys: KIVIStates | None = None
         self._values: KIVIStates | None = None
+        self._dense_reasons: list[str] | None = None
         super().__init__()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -46,23 +48,33 @@ class KIVILayer(DynamicLayer):
         Raises:
             ValueError: where the new states do not fit the cached ones; the cache is left as it was.
         """
+        _check_pair(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
-        cached_length = len(cached_keys)
-        if cached_length == 0:
+        before = cached_keys.snapshot(), cached_values.snapshot()
+        try:
+            return self._update(cached_keys, cached_values, key_states, value_states)
+        except BaseException:  # out of memory, say, or Ctrl-C: whatever it was, no token is lost
+            self._keys, self._values = before
+            raise
+
+    def _update(
+        self, cached_keys: KIVIStates, cached_values: KIVIStates, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        lengths = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
+        if self._attends_packed(key_states, value_states):
+            return self._update_packed(key_states, value_states, lengths)
+        if len(cached_keys) == 0:
             keys, values = key_states, value_states
         else:
             keys, values = cached_keys.read(tail=key_states), cached_values.read(tail=value_states)
-        key_length, value_length = packed_lengths(self.config, cached_length + key_states.shape[2])
-        cached_keys.append(key_states, key_length)
-        cached_values.append(value_states, value_length)
+        cached_keys.append(key_states, lengths[0])
+        cached_values.append(value_states, lengths[1])
         return keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Prepare empty stores with the batch, heads, widths, dtype and device of the first states."""
-        for name, states in (("key_states", key_states), ("value_states", value_states)):
-            _check_dimensions(name, states)
         self._keys, self._values = self._empty("keys", key_states), self._empty("values", value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -109,7 +121,7 @@ class KIVILayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything: the layer is as new."""
-        self._keys = self._values = None
+        self._keys = self._values = self._dense_reasons = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -133,6 +145,14 @@ class KIVILayer(DynamicLayer):
         """Move everything back to the layer's device."""
         for states in self._states():
             states.to(self.device, non_blocking=True)
+
+    def dense_reasons(self) -> list[str]:
+        """Why new tokens attend to this layer's dense tensors instead of its packed bytes; empty where they do not."""
+        if self._keys is None or self._values is None:
+            return ["nothing is cached yet"]
+        if self._dense_reasons is None:
+            self._dense_reasons = layer_reasons(self._keys, self._values)
+        return self._dense_reasons
 
     def memory(self) -> MemoryReport:
         """The bytes held, see [`MemoryReport`]."""
@@ -169,11 +189,31 @@ class KIVILayer(DynamicLayer):
         if cached is not None and length <= len(cached) and torch.equal(states, cached.read()[:, :, :length]):
             cached.crop(length)
             return cached
+        self._dense_reasons = None
         fresh = self._empty(name, states)
         fresh.append(states, packed_lengths(self.config, length)[_SIDES.index(name)])
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = states.dtype, states.device, True
         return fresh
+
+    def _attends_packed(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether these new tokens are to meet the cached ones as [`PackedStates`]."""
+        return (
+            not self.dense_reasons()
+            and 0 < key_states.shape[2] <= MAX_QUERY_LENGTH
+            and all(states.packed_length > 0 for states in self._states())
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
+        )
+
+    def _update_packed(self, key_states: Tensor, value_states: Tensor, lengths: tuple[int, int]) -> Any:
+        """Join the new tokens to the residual, hand out the states as they then are, and pack what is due."""
+        seen = []
+        for cached, states, length in zip(self._states(), (key_states, value_states), lengths, strict=True):
+            cached.residual.append(states)  # where something is packed, the sinks are complete
+            seen.append(PackedStates(cached.snapshot()))
+            cached.pack(length)
+        return tuple(seen)
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[KIVIStates, KIVIStates]:
         """Both stores, once the new states are known to fit them and each other."""
@@ -184,7 +224,6 @@ class KIVILayer(DynamicLayer):
             ("key_states", key_states, self._keys),
             ("value_states", value_states, self._values),
         ):
-            _check_dimensions(name, states)
             batch, kv_heads, _, head_dim = cached.residual.data.shape
             if (states.shape[0], states.shape[1], states.shape[3]) != (batch, kv_heads, head_dim):
                 raise ValueError(
@@ -193,10 +232,6 @@ class KIVILayer(DynamicLayer):
                 )
             if states.dtype != cached.residual.data.dtype:
                 raise ValueError(f"{name}: got {states.dtype}; allowed: {cached.residual.data.dtype}, as cached")
-        if key_states.shape[2] != value_states.shape[2]:
-            raise ValueError(
-                f"value_states: got {value_states.shape[2]} tokens; allowed: {key_states.shape[2]}, as in key_states"
-            )
         return self._keys, self._values
 
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
@@ -205,6 +240,15 @@ class KIVILayer(DynamicLayer):
 
     def _states(self) -> Iterator[KIVIStates]:
         return (states for states in (self._keys, self._values) if states is not None)
+
+
+def _check_pair(key_states: Tensor, value_states: Tensor) -> None:
+    _check_dimensions("key_states", key_states)
+    _check_dimensions("value_states", value_states)
+    for dim, what in ((0, "sequences"), (2, "tokens")):
+        keys, values = key_states.shape[dim], value_states.shape[dim]
+        if keys != values:
+            raise ValueError(f"value_states: got {values} {what}; allowed: {keys}, as in key_states")
 
 
 def _check_dimensions(name: str, states: Tensor) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kivicache.backends import get_backend
 from kivicache.buffer import TokenBuffer
-from kivicache.packing import pack, unpack, words_per_token
+from kivicache.packing import unpack, words_per_token
 from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
+from kivicache.triton import serves
 
 
 class PackedTokens:
@@ -48,21 +49,35 @@ class PackedTokens:
         """Quantize ``[batch, heads, tokens, head_dim]`` and add them; ``tokens`` in multiples of tokens_per_group."""
         if self.rotation is not None:
             states = hadamard(states.float())
-        codes, scale, minimum = self.backend.quantize(states, self.nbits, self.group_size, self.axis)
-        self.codes.append(pack(codes, self.nbits))
+        words, scale, minimum = self.backend.quantize_pack(states, self.nbits, self.group_size, self.axis)
+        self.codes.append(words)
         self.scale.append(scale)
         self.minimum.append(minimum)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Tokens ``start`` to ``stop`` dequantized; ``start`` a multiple of tokens_per_group."""
         first, last = start // self.tokens_per_group, -(-stop // self.tokens_per_group)
-        codes = unpack(self.codes.read(start, last * self.tokens_per_group), self.nbits, self.head_dim)
-        states = dequantize(
-            codes, self.scale.read(first, last), self.minimum.read(first, last), self.group_size, self.axis
-        )
+        words = self.codes.read(start, last * self.tokens_per_group)
+        states = self._dequantize(words, self.scale.read(first, last), self.minimum.read(first, last))
         if self.rotation is not None:
             states = hadamard(states)
         return states[:, :, : stop - start].to(self.dtype)
+
+    def _dequantize(self, words: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """``[batch, heads, tokens, head_dim]`` in float32."""
+        if not serves(words.device):
+            return dequantize(unpack(words, self.nbits, self.head_dim), scale, minimum, self.group_size, self.axis)
+        from kivicache.triton.unpack import unpack_dequantize  # triton is optional
+
+        with torch.cuda.device_of(words):
+            return unpack_dequantize(words, scale, minimum, self.nbits, self.group_size, self.axis, self.head_dim)
+
+    def snapshot(self) -> PackedTokens:
+        """The tokens as they are now, see [`TokenBuffer.snapshot`]."""
+        taken = PackedTokens.__new__(PackedTokens)
+        taken.__dict__.update(self.__dict__)
+        taken.codes, taken.scale, taken.minimum = (buffer.snapshot() for buffer in self.buffers)
+        return taken
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more."""

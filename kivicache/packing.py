@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 16
-PACKED_NBITS = (2, 4, 8)
 
 
 def words_per_token(head_dim: int, nbits: int) -> int:

@@ -67,15 +67,29 @@ class KIVIStates:
         for _, store in self.packed:
             store.reserve(missing)
         # Chunk by chunk, from the residual and then straight from the new states: a long prompt is never copied.
-        chunk_length = max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
         while missing > 0:
-            old = self.residual.pop(min(missing, chunk_length))
-            new = min(missing, chunk_length) - old.shape[2]
-            chunk, states = torch.cat([old, states[:, :, :new]], dim=2), states[:, :, new:]
+            old = self.residual.pop(min(missing, self._chunk_length))
+            new = min(missing, self._chunk_length) - old.shape[2]
+            chunk, states = states[:, :, :new], states[:, :, new:]
+            if old.shape[2]:
+                chunk = torch.cat([old, chunk], dim=2)
             for heads, store in self.packed:
                 store.append(chunk[:, heads])
             missing -= chunk.shape[2]
         self.residual.append(states)
+
+    def pack(self, packed_length: int) -> None:
+        """Pack the oldest exact tokens until ``packed_length`` are packed."""
+        if packed_length > self.packed_length:
+            self.append(self.residual.read(0, 0), packed_length)
+
+    def snapshot(self) -> KIVIStates:
+        """The tokens as they are now, without a copy; adding and packing others leaves it as it is."""
+        taken = KIVIStates.__new__(KIVIStates)
+        taken.__dict__.update(self.__dict__)
+        taken.sinks, taken.residual = self.sinks.snapshot(), self.residual.snapshot()
+        taken.packed = [(heads, store.snapshot()) for heads, store in self.packed]
+        return taken
 
     def read(self, tail: Tensor | None = None) -> Tensor:
         """All tokens as one dense tensor ``[batch, kv_heads, tokens, head_dim]``, those of ``tail`` behind them."""
@@ -133,11 +147,15 @@ class KIVIStates:
         )
 
     def _read_packed(self, start: int, stop: int, out: Tensor) -> None:
-        chunk_length = max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
-        for first in range(start, stop, chunk_length):
-            last = min(first + chunk_length, stop)
+        for first in range(start, stop, self._chunk_length):
+            last = min(first + self._chunk_length, stop)
             for heads, store in self.packed:
                 out[:, heads, first - start : last - start] = store.read(first, last)
+
+    @property
+    def _chunk_length(self) -> int:
+        """``CHUNK_LENGTH`` in whole groups."""
+        return max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
 
     def _stores(self) -> list[TokenBuffer | PackedTokens]:
         return [self.sinks, *(store for _, store in self.packed), self.residual]

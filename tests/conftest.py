@@ -1,6 +1,10 @@
+import os
+
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is first imported, by whomever
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
 
 

@@ -1,5 +1,7 @@
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -70,6 +72,23 @@ def test_a_copy_has_its_own_layers(duplicate):
     third = duplicate(other)
     third.crop(-60)
     assert (other.get_seq_length(), third.get_seq_length()) == (70, 10)
+
+
+def test_a_cache_is_freed_at_once():
+    """No reference cycle: on a GPU it would hold its memory until the garbage collector comes by."""
+    cache = filled()
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_no_model_config_is_refused():
+    with pytest.raises(ValueError, match=r"config: got LlamaForCausalLM; allowed: .*model\.config"):
+        KIVICache(config=tiny_llama())
 
 
 def test_early_initialization():

@@ -155,6 +155,22 @@ def test_refuses_by_name(settings, words, tmp_path):
     assert str(from_dict.value) in str(from_yaml.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nbits_key: 4\nnbits_key: 8\n", "nbits_key: given twice"),
+        ("layers:\n  0: {nbits: 2}\n  0: {nbits: 4}\n", "0: given twice"),
+        ("layers: {0: {nbits: 2}, '0': {nbits: 4}}\n", "layers: got index '0' twice"),
+        ("heads: {0: {1: 8, '1': 2}}\n", "heads.0.: got index '1' twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused(text, message, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        KIVIConfig.from_yaml(path)
+
+
 @pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "nbits: [", "!!python/object/apply:os.getcwd []"])
 def test_refuses_yaml_that_is_no_mapping(text, tmp_path):
     path = tmp_path / "bad.yaml"

@@ -238,7 +238,7 @@ def test_rotation_reads_back_as_quantizing_the_rotated_tokens(nbits, head_dim):
         expected = rotate(fake_quantize(rotate(exact[:, :, packed]).float(), nbits, 8, axis))
         error = (read[:, :, packed] - expected).norm() / expected.norm()
         # a rotated value within rounding of the middle between two codes may take either
-        assert error < 0.03 / (2**nbits - 1)
+        assert error < 0.1 / (2**nbits - 1)
         assert torch.equal(read[:, :, :3], exact[:, :, :3]) and torch.equal(read[:, :, 35:], exact[:, :, 35:])
 
 
@@ -260,6 +260,7 @@ REFUSED_STATES = {
     "heads": ((states(1, heads=2), states(1)), "key_states"),
     "value_width": ((states(1), states(1, head_dim=36)), "value_states"),
     "lengths": ((states(1), states(2)), "value_states: got 2 tokens; allowed: 1"),
+    "sequences": ((states(1), states(1, batch=1)), "value_states: got 1 sequences; allowed: 2"),
     "dtype": ((states(1).half(), states(1)), "key_states: got torch.float16; allowed: torch.float32"),
     "dimensions": ((states(1)[0], states(1)), "key_states.*floating tensor \\[batch"),
     "integers": ((states(1).int(), states(1)), "key_states: got torch.int32"),
@@ -279,6 +280,36 @@ def test_a_refused_update_leaves_the_cache_as_it_was(new, message):
         layer.keys = torch.zeros(3)
     assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.memory() == memory
     layer.update(states(1), states(1))
+
+
+def test_a_refused_first_update_leaves_the_layer_empty():
+    layer = KIVILayer(CONFIGS["K4V2"].layer(0))
+    with pytest.raises(ValueError, match="value_states: got 4 tokens; allowed: 5"):
+        layer.update(states(5), states(4))
+    assert not layer.is_initialized
+    layer.update(states(5, batch=1), states(5, batch=1))
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_an_update_that_fails_midway_loses_nothing(monkeypatch, failing):
+    """Out of memory while packing: at whichever call it comes, the layer is as before and goes on."""
+    layer, reference = pair(CONFIGS["K4V2"])
+    update_both(layer, reference, 58)
+    calls = iter(range(100))
+    append = PackedTokens.append
+
+    def failing_append(store, new):
+        append(store, new)  # even after the codes were written
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedTokens, "append", failing_append)
+        with pytest.raises(torch.OutOfMemoryError):
+            layer.update(states(600), states(600, head_dim=36))
+    assert_same(layer, reference)
+    for tokens in (1, 20, 1):
+        update_both(layer, reference, tokens)
 
 
 def test_a_head_that_is_not_there_is_refused():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kivicache.packing import pack
 from kivicache.quantization import encode, to_metadata
 
 _REGISTRY: dict[str, type[Backend]] = {}
@@ -35,6 +36,11 @@ class Backend(ABC):
         Arguments and shapes are those of [`kivicache.quantization.quantize`]; reading back is always
         ``codes * scale + minimum``.
         """
+
+    def quantize_pack(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+        """As [`quantize`], with the codes packed into words (see [`kivicache.packing`])."""
+        codes, scale, minimum = self.quantize(states, nbits, group_size, axis)
+        return pack(codes, nbits), scale, minimum
 
 
 class LibraryBackend(Backend):

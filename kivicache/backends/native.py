@@ -1,11 +1,13 @@
-"""KIVI's own min-max quantization."""
+"""KIVI's own min-max quantization: in torch, and on a GPU as one kernel with the very same result."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kivicache.backends.base import Backend
 from kivicache.quantization import quantize
+from kivicache.triton import serves
 
 
 class NativeBackend(Backend, name="native"):
@@ -13,3 +15,11 @@ class NativeBackend(Backend, name="native"):
 
     def quantize(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
         return quantize(states, nbits, group_size, axis)
+
+    def quantize_pack(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+        if not serves(states.device):
+            return super().quantize_pack(states, nbits, group_size, axis)
+        from kivicache.triton.pack import quantize_pack  # triton is optional
+
+        with torch.cuda.device_of(states):
+            return quantize_pack(states, nbits, group_size, axis)

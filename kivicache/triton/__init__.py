@@ -1,0 +1,19 @@
+"""The fused kernels, in Triton. Nothing here imports triton before a kernel is asked for: it is optional."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+import torch
+
+
+@functools.cache
+def missing_triton() -> tuple[str, ...]:
+    """The reason why no kernel can run here; empty where triton is installed."""
+    return () if find_spec("triton") else ('triton is not installed: pip install "kivicache[triton]"',)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether the kernels can run on ``device``."""
+    return device.type == "cuda" and not missing_triton()

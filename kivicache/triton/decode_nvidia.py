@@ -1,0 +1,435 @@
+"""The fast twin of decode.py's kernel for NVIDIA: 2, 4 and 8 bits, keys per channel, values per token, groups of 32.
+
+One warp a program: no barrier ever waits for another warp. The packed bytes of the next tile travel to shared memory
+(cp.async) while this one is worked on, so nothing in flight holds a register.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from kivicache.triton import tuning
+from kivicache.triton.tile_nvidia import (
+    async_copy,
+    code_factor,
+    exp2,
+    finish_scores,
+    gl_barrier,
+    half_operand_layout,
+    issue_tile,
+    load_full_tile,
+    mma_v2,
+    mul_half,
+    pair_scores,
+    query_factor,
+    row_blocks,
+    row_layout,
+    row_powers,
+    scale_layout,
+    score_unit,
+    shared_layout,
+    split_columns,
+    stack_rows,
+    store_rows,
+    to_half,
+    unpack_field,
+)
+
+
+@gluon.jit
+def decode_kernel(
+    q_ptr,  # float16 or bfloat16 [B, H, ROWS, D]: a key head's query heads, each with its Q tokens, are its rows
+    kw,
+    vw,  # words int16 [B, H, T, WK], [B, H, T, WV]
+    ks,
+    km,  # keys' scale, minimum float16 [B, H, T / G, D]
+    vs,
+    vm,  # values' scale, minimum float16 [B, H, T, D / G]
+    kst,
+    vst,
+    kr,
+    vr,  # sinks and newest tokens in full precision, [B, H, tokens, D], of q's dtype
+    mask_ptr,  # bool as uint8, or additive: [B, 1 or query heads, Q, positions]
+    len_ptr,  # int32 [4]: n_sink, n_key, n_value, n_total, when DEVLEN
+    o_ptr,
+    lse_ptr,  # float32 [B * H, splits, ROWS, D], [B * H, splits, ROWS]
+    n_sink,
+    n_key,
+    n_value,
+    n_total,
+    scale,
+    cap,
+    kw_b,
+    kw_h,
+    vw_b,
+    vw_h,
+    km_b,
+    km_h,
+    vm_b,
+    vm_h,
+    stride_kw,
+    stride_vw,
+    kst_b,
+    kst_h,
+    kst_t,
+    vst_b,
+    vst_h,
+    vst_t,
+    kr_b,
+    kr_h,
+    kr_t,
+    vr_b,
+    vr_h,
+    vr_t,
+    mask_b,
+    mask_h,
+    mask_q,
+    mask_t,
+    H: gl.constexpr,
+    ROWS: gl.constexpr,
+    Q: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    G: gl.constexpr,
+    BK: gl.constexpr,
+    BV: gl.constexpr,
+    WK: gl.constexpr,
+    WV: gl.constexpr,
+    BT: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASK: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    DEVLEN: gl.constexpr,
+):
+    i_s = gl.program_id(0)
+    i_bh = gl.program_id(1)
+    row = gl.program_id(2) * N
+    n_s = gl.num_programs(0)
+    i_b = (i_bh // H).to(gl.int64)
+    i_h = (i_bh % H).to(gl.int64)
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, MMA)
+    FK: gl.constexpr = 16 // BK
+    FV: gl.constexpr = 16 // BV
+    NC: gl.constexpr = D // G
+    NCP: gl.constexpr = 8 if NC < 8 else 16
+    NG: gl.constexpr = BT // G
+    WB: gl.constexpr = WV if WV < G else G
+    NN: gl.constexpr = ROWS // Q  # query heads of one key head
+    # p is 32 at the most, not 1: the weights far below the largest, thousands of which add up, keep 5 more bits above
+    # float16's smallest, and a value's scale may still be 2047.
+    P_SHIFT: gl.constexpr = 5
+    P_FACTOR: gl.constexpr = 32.0
+    # Where nothing needs the scores themselves, the factor waits for the exponential and costs nothing there.
+    DEFER: gl.constexpr = MASK != 2 and not SOFTCAP
+    if DEVLEN:
+        n_sink = gl.load(len_ptr)
+        n_key = gl.load(len_ptr + 1)
+        n_value = gl.load(len_ptr + 2)
+        n_total = gl.load(len_ptr + 3)
+    T = gl.minimum(n_key, n_value)
+    kw += i_b * kw_b + i_h * kw_h
+    vw += i_b * vw_b + i_h * vw_h
+    ks += i_b * km_b + i_h * km_h
+    km += i_b * km_b + i_h * km_h
+    vs += i_b * vm_b + i_h * vm_h
+    vm += i_b * vm_b + i_h * vm_h
+    # the mask's head stride serves [B, 1, q, T] (0) and [B, heads, q, T] through the row's own head
+    mask_ptr += i_b * mask_b
+    row0 = (i_bh.to(gl.int64) * n_s + i_s) * ROWS + row
+    n_ok = ROWS - row
+    nn = gl.arange(0, N, layout=ROW)
+
+    # Full-precision tokens, 32 at a time: the sinks, then the tokens that only one of keys and values has packed
+    # (keys and values may be split at different tokens), then the newest ones. In a tile each is of one kind.
+    DT: gl.constexpr = q_ptr.dtype.element_ty
+    SX: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    sx = gl.allocate_shared_memory(DT, [32, D], SX)
+    n_e = gl.arange(0, N, layout=gl.SliceLayout(0, B))
+    qe = (
+        q_ptr
+        + (i_bh.to(gl.int64) * ROWS + row + n_e)[None, :] * D
+        + gl.arange(0, D, layout=gl.SliceLayout(1, B))[:, None]
+    )
+    qe = gl.load(qe, mask=(n_e < n_ok)[None, :], other=0.0)
+    kst += i_b * kst_b + i_h * kst_h
+    vst += i_b * vst_b + i_h * vst_h
+    kr += i_b * kr_b + i_h * kr_h
+    vr += i_b * vr_b + i_h * vr_h
+    n_one = gl.maximum(n_key, n_value)
+    tiles_sink = (n_sink + 31) // 32
+    tiles_one = (n_one - T + 31) // 32
+    tiles = tiles_sink + tiles_one + (n_total - n_sink - n_one + 31) // 32
+    m_e = gl.full([N], -1e30, gl.float32, layout=ROW)
+    l_e = gl.zeros([N], gl.float32, layout=ROW)
+    acc_e = gl.zeros([D, N], gl.float32, layout=MMA)
+    # The work in units of one tile of BT packed tokens, a full-precision tile counting as two: an even share for each
+    # program, the full-precision tiles to the first programs.
+    packed_tiles = (T + BT - 1) // BT
+    share = (2 * tiles + packed_tiles + n_s - 1) // n_s
+    edge_first = gl.minimum((i_s * share + 1) // 2, tiles)
+    edge_last = gl.minimum((i_s * share + share + 1) // 2, tiles)
+    t_first = gl.minimum(gl.maximum(i_s * share - 2 * tiles, 0), packed_tiles) * BT
+    t_last = gl.minimum(gl.maximum(i_s * share + share - 2 * tiles, 0) * BT, T)
+    n_tiles = gl.maximum(t_last - t_first + BT - 1, 0) // BT
+
+    for i in range(edge_first, edge_last):
+        gl_barrier()
+        # first, stop: positions of this tile
+        if i < tiles_sink:
+            first = i * 32
+            stop = n_sink
+        else:
+            if i < tiles_sink + tiles_one:
+                first = n_sink + T + (i - tiles_sink) * 32
+                stop = n_sink + n_one
+            else:
+                first = n_sink + n_one + (i - tiles_sink - tiles_one) * 32
+                stop = n_total
+        load_full_tile(sx, kst, kr, kw, ks, km, first, stop, n_sink, n_key, kst_t, kr_t, stride_kw, BK, WK, True, D, G)
+        s = mma_v2(sx.load(A), qe, gl.zeros([32, N], gl.float32, layout=MMA)) * scale
+        gl_barrier()
+        load_full_tile(
+            sx, vst, vr, vw, vs, vm, first, stop, n_sink, n_value, vst_t, vr_t, stride_vw, BV, WV, False, D, G
+        )
+        t = first + gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
+        s = finish_scores(
+            s, t, stop, 0, mask_ptr + i_h * NN * mask_h, row, mask_h, mask_q, mask_t, cap, MASK, SOFTCAP, ROWS, Q, MMA
+        )
+        s = gl.where((t < stop)[:, None], s, -float("inf"))
+        m_new = gl.maximum(m_e, gl.max(s, 0))
+        alpha = exp2(m_e - m_new)
+        m_e = m_new
+        p = exp2(s - m_new[None, :])
+        l_e = l_e * alpha + gl.sum(p, 0)
+        acc_e = mma_v2(sx.permute([1, 0]).load(A), gl.convert_layout(p.to(DT), B), acc_e * alpha[None, :])
+    # The query, per field. Each row times a power of two that brings it below 1, so that its product with a key scale
+    # stays within float16; the scores are multiplied back, and with the scale, in float32.
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, B))
+    w = gl.arange(0, WK, layout=gl.SliceLayout(1, B))
+    qp = q_ptr + (i_bh.to(gl.int64) * ROWS + row + n[None, :]) * D + w[:, None]
+    q = ()
+    for f in gl.static_range(FK):
+        q = q + (gl.load(qp + f * WK, mask=(n < n_ok)[None, :], other=0.0).to(gl.float32),)
+    shrink, grow = row_powers(q, FK)
+    qb = ()
+    for f in gl.static_range(FK):
+        qb = qb + (to_half(q[f] * (shrink * query_factor(BK, f))[None, :]),)
+    score_factor = gl.convert_layout(grow, ROW) * (scale * score_unit(BK))
+    gl_barrier()
+    # shared memory rings
+    S1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    SP: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    skw = gl.allocate_shared_memory(gl.int16, [STAGES, BT, WK], shared_layout(WK, 2))
+    svw = gl.allocate_shared_memory(gl.int16, [STAGES, BT, WV], shared_layout(WV, 2))
+    sks = gl.allocate_shared_memory(gl.float16, [STAGES, NG * D], S1)
+    skm = gl.allocate_shared_memory(gl.float16, [STAGES, NG * D], S1)
+    svs = gl.allocate_shared_memory(gl.float16, [STAGES, BT, NC], SP)
+    # the values' minimum sits in a tile of NCP columns: NC of them, then a column of ones (the sum of p), then zeros
+    svm = gl.allocate_shared_memory(gl.float16, [STAGES, BT, NCP], SP)
+    LI: gl.constexpr = gl.BlockedLayout([1, 8], [256 // NCP, NCP // 8], [1, 1], [1, 0])
+    ci = gl.arange(0, NCP, layout=gl.SliceLayout(0, LI))
+    ones = gl.where(ci == NC, 1.0, 0.0).to(gl.float16)
+    init = gl.broadcast(gl.expand_dims(ones, 0), gl.zeros([BT, NCP], gl.float16, layout=LI))[0]
+    for st in gl.static_range(STAGES):
+        svm.index(st).store(init)
+    gl_barrier()
+
+    for st in gl.static_range(STAGES - 1):
+        issue_tile(
+            kw,
+            vw,
+            ks,
+            km,
+            vs,
+            vm,
+            skw.index(st),
+            svw.index(st),
+            sks.index(st),
+            skm.index(st),
+            svs.index(st),
+            svm.index(st).slice(0, NC, dim=1),
+            t_first + st * BT,
+            t_last,
+            stride_kw,
+            stride_vw,
+            BT,
+            D,
+            G,
+            WK,
+            WV,
+        )
+
+    # go on from the full-precision tokens' state
+    m_i = m_e
+    rows = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+    acc_m = gl.where((rows == NC)[:, None], l_e[None, :] * P_FACTOR, gl.zeros([16, N], gl.float32, layout=MMA))
+    blocks = row_blocks(acc_e, D // WB, MMA)
+    acc = ()
+    for c in gl.static_range(D // WB):
+        acc = acc + (blocks[c] * (P_FACTOR / code_factor(BV, c * WB // WV)),)
+
+    for i in range(n_tiles):
+        async_copy.wait_group(STAGES - 2)
+        gl_barrier()
+        j = i + STAGES - 1
+        nx = j % STAGES
+        issue_tile(
+            kw,
+            vw,
+            ks,
+            km,
+            vs,
+            vm,
+            skw.index(nx),
+            svw.index(nx),
+            sks.index(nx),
+            skm.index(nx),
+            svs.index(nx),
+            svm.index(nx).slice(0, NC, dim=1),
+            t_first + j * BT,
+            t_last,
+            stride_kw,
+            stride_vw,
+            BT,
+            D,
+            G,
+            WK,
+            WV,
+        )
+        cur = i % STAGES
+        s = pair_scores(qb, skw.index(cur), sks.index(cur), skm.index(cur), MMA, N, 0, D, G, WK, BK)
+        if NG == 4:
+            s = stack_rows(
+                s, pair_scores(qb, skw.index(cur), sks.index(cur), skm.index(cur), MMA, N, 2, D, G, WK, BK), MMA
+            )
+        t = t_first + i * BT + gl.arange(0, BT, layout=gl.SliceLayout(1, MMA))
+        if not DEFER:
+            s = s * score_factor[None, :]
+        s = finish_scores(
+            s,
+            t,
+            t_last,
+            n_sink,
+            mask_ptr + i_h * NN * mask_h,
+            row,
+            mask_h,
+            mask_q,
+            mask_t,
+            cap,
+            MASK,
+            SOFTCAP,
+            ROWS,
+            Q,
+            MMA,
+        )
+        if i == n_tiles - 1:
+            s = gl.where((t < t_last)[:, None], s, -float("inf"))
+        if DEFER:
+            m_new = gl.maximum(m_i, gl.max(s, 0) * score_factor)
+            p = exp2(
+                gl.fma(s, gl.broadcast(score_factor[None, :], s)[0], gl.broadcast((P_SHIFT - m_new)[None, :], s)[0])
+            )
+        else:
+            m_new = gl.maximum(m_i, gl.max(s, 0))
+            p = exp2(s + (P_SHIFT - m_new)[None, :])
+        alpha = exp2(m_i - m_new)
+        m_i = m_new
+        p = gl.convert_layout(to_half(p), B)
+        # minimum and sum of p
+        if NCP == 8:
+            vmt = svm.index(cur).permute([1, 0]).load(half_operand_layout(BT))
+            vmt = stack_rows(vmt, gl.zeros([8, BT], gl.float16, layout=half_operand_layout(BT)), A)
+        else:
+            vmt = svm.index(cur).permute([1, 0]).load(A)
+        acc_m = mma_v2(vmt, p, acc_m * alpha[None, :])
+        words = svw.index(cur).permute([1, 0]).load(A)
+        svt = split_columns(svs.index(cur).load(scale_layout(BT, NC)), BT, NC)
+        new = ()
+        pg = p
+        for f in gl.static_range(FV):
+            codes = row_blocks(unpack_field(words, BV, f), WV // WB, A)
+            for b in gl.static_range(WV // WB):
+                if (f * WV + b * WB) % G == 0:
+                    sg = gl.convert_layout(svt[(f * WV + b * WB) // G], gl.SliceLayout(1, B), assert_trivial=True)
+                    pg = mul_half(p, gl.broadcast(gl.expand_dims(sg, 1), p)[0])
+                new = new + (mma_v2(codes[b], pg, acc[f * (WV // WB) + b] * alpha[None, :]),)
+        acc = new
+
+    async_copy.wait_group(0)
+    # minimum and sum of p sit in rows of acc_m
+    gl_barrier()
+    sm = gl.allocate_shared_memory(gl.float32, [16, N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), acc_m)
+    gl_barrier()
+    LR: gl.constexpr = row_layout(MMA)
+    l = gl.convert_layout(sm.slice(NC, 1, dim=0).load(LR).reshape([N]), ROW)
+    gl.store(lse_ptr + row0 + nn, m_i - P_SHIFT + gl.log2(l), mask=nn < n_ok)
+    inv = gl.where(l > 0, 1.0 / l, 0.0)
+    for c in gl.static_range(D // WB):
+        mn = gl.convert_layout(sm.slice(c * WB // G, 1, dim=0).load(LR).reshape([N]), ROW)
+        store_rows(
+            o_ptr, row0, (acc[c] * code_factor(BV, c * WB // WV) + mn[None, :]) * inv[None, :], n_ok, D, c * WB, MMA
+        )
+
+
+def launch(
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[float, ...],
+    strides: tuple[int, ...],
+    flags: dict[str, int],
+    B: int,
+    H: int,
+    rows: int,
+    Q: int,
+    D: int,
+    group_size: int,
+    nbits: tuple[int, int],
+    n_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Partial outputs float32 [B * H, splits, rows, D] and their log-sum-exp (base 2)."""
+    query, k_words, v_words, k_scale, _, v_scale, _ = tensors[:7]
+    n_key, n_value, n_total = sizes[1:4]
+    N = max(8, triton.next_power_of_2(min(rows, tuning.MAX_ROWS)))
+    row_blocks = triton.cdiv(rows, N)
+    both = min(n_key, n_value)
+    tiles = triton.cdiv(both, tuning.BLOCK_T) + 2 * (triton.cdiv(n_total - both, 32) + 1)
+    if n_splits is None:
+        n_splits = tuning.splits(tiles, B * H * row_blocks, tuning.resident_programs(nbits, D, N, query.device))
+    o = torch.empty(B * H, n_splits, rows, D, dtype=torch.float32, device=query.device)
+    lse = torch.empty(B * H, n_splits, rows, dtype=torch.float32, device=query.device)
+    # a program: a share of the tokens of one key head, up to 16 rows of queries
+    decode_kernel[(n_splits, B * H, row_blocks)](
+        *tensors,
+        o,
+        lse,
+        *sizes,
+        *k_words.stride()[:2],
+        *v_words.stride()[:2],
+        *k_scale.stride()[:2],
+        *v_scale.stride()[:2],
+        k_words.stride(2),
+        v_words.stride(2),
+        *strides,
+        H=H,
+        ROWS=rows,
+        Q=Q,
+        N=N,
+        D=D,
+        G=group_size,
+        BK=nbits[0],
+        BV=nbits[1],
+        WK=D * nbits[0] // 16,
+        WV=D * nbits[1] // 16,
+        BT=tuning.BLOCK_T,
+        STAGES=tuning.STAGES,
+        MASK=flags["MASK"],
+        SOFTCAP=flags["SOFTCAP"],
+        DEVLEN=flags["LENGTHS_ON_DEVICE"],
+        num_warps=1,
+        maxnreg=tuning.max_registers(N, D),
+    )
+    return o, lse

@@ -1,0 +1,75 @@
+"""Block sizes, warps and numbers of splits, and why. Measured on an H200."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+# Tokens in a tile of decode_nvidia. 128 needed twice the shared memory and lost a quarter of the speed; below 64 the
+# two key groups that share one dot with the minimum are not there.
+BLOCK_T = 64
+# Tiles in flight in a program, the one being worked on included. 3 and 4 were slower: fewer programs fit.
+STAGES = 2
+# Query rows of a program: one n8 tile of the tensor cores serves 8 rows, two serve 16.
+MAX_ROWS = 16
+# Registers of a thread of decode_nvidia with 8 rows: 12 programs of one warp fill a multiprocessor's 65536. Asked for
+# rather than hoped for: compilers that take a few more leave room for 10, and a grid meant for 12 runs in two rounds.
+REGISTERS = 168
+# Warps of a program of the portable kernel. Its tiles are small and all its reductions run along a row: one warp
+# needs no barrier and no trip through shared memory, and does not repeat the addresses four times over.
+PORTABLE_WARPS_NVIDIA = 1
+PORTABLE_WARPS = 4
+
+
+@functools.lru_cache
+def _device(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
+
+
+def max_registers(rows: int, head_dim: int) -> int | None:
+    """The registers that a thread of decode_nvidia may take; None leaves it to the compiler."""
+    return REGISTERS if rows <= 8 and head_dim <= 128 else None
+
+
+def resident_programs(nbits: tuple[int, int], head_dim: int, rows: int, device: torch.device) -> int:
+    """How many programs of decode_nvidia run at once on the device: by registers and by shared memory."""
+    properties = _device(device.index if device.index is not None else torch.cuda.current_device())
+    words = sum(head_dim * n // 16 for n in nbits)
+    columns = head_dim // 32
+    tile = BLOCK_T * words * 2 + (BLOCK_T // 32) * head_dim * 4 + BLOCK_T * (columns + (8 if columns < 8 else 16)) * 2
+    shared = max(STAGES * tile, 32 * head_dim * 2) + 1024
+    by_shared = properties.shared_memory_per_multiprocessor // shared
+    by_registers = 65536 // 32 // (max_registers(rows, head_dim) or 255)
+    return int(properties.multi_processor_count * min(by_shared, by_registers))
+
+
+def splits(tiles: int, heads: int, slots: int) -> int:
+    """Programs per key head, so that all programs run at once and end together.
+
+    A program costs its tiles and about six tiles' time on top (query, first loads, epilogue); a second or third round
+    of programs is taken only when it fills the machine better.
+    """
+    best = None
+    for rounds in (1, 2, 3):
+        n = rounds * slots // heads
+        if n < 1:
+            continue
+        share = -(-tiles // min(n, tiles))
+        cost = rounds * (share + 6)
+        if best is None or cost < best[0]:
+            best = cost, -(-tiles // share)
+    return best[1] if best else 1
+
+
+def portable_splits(tokens: int, programs: int, device: torch.device) -> int:
+    """Programs per key head for the portable kernel: as many as run at once, at least 64 tokens each."""
+    count = _device(device.index or 0).multi_processor_count if device.type == "cuda" else 2
+    slots = count * (8 if portable_warps(device) == 1 else 4)
+    return max(1, min(-(-tokens // 64), slots // max(programs, 1)))
+
+
+def portable_warps(device: torch.device) -> int:
+    """Warps of a program of the portable kernel."""
+    return PORTABLE_WARPS_NVIDIA if device.type == "cuda" and not torch.version.hip else PORTABLE_WARPS

@@ -1,0 +1,191 @@
+"""The seam: packed states in a model's own attention."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+
+pytest.importorskip("triton")
+
+from kivicache import KIVICache, KIVIConfig, attention
+from kivicache.attention import PackedStates, kivi_attention_forward
+from kivicache.layer import KIVILayer
+from tests.tiny import prompt, tiny_llama
+
+SMALL = {"residual_length": 8, "sink_length": 4}
+
+
+@pytest.fixture
+def fused_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(attention, "FUSED_DEVICES", ["cpu", "cuda"])
+
+
+def packed(tokens=44, config=None, kv_heads=2, head_dim=64, batch=2):
+    """A layer's packed keys and values after one decoded token, and the dense tensors that they stand for."""
+    layer = KIVILayer((config or KIVIConfig(nbits=4, **SMALL)).layer(0))
+    states = [torch.randn(batch, kv_heads, tokens, head_dim) for _ in range(2)]
+    layer.update(*states)
+    dense = [torch.cat([old, states[0][:, :, :1]], dim=2) for old in (layer.keys, layer.values)]
+    return layer.update(states[0][:, :, :1], states[0][:, :, :1]), dense
+
+
+def test_packed_states_become_dense_under_any_operation(fused_on_the_cpu):
+    (keys, values), (dense_keys, dense_values) = packed()
+    assert isinstance(keys, PackedStates) and isinstance(values, PackedStates)
+    assert (keys.shape, keys.dtype, keys.device) == (dense_keys.shape, dense_keys.dtype, dense_keys.device)
+    for operation in (
+        lambda x: x + 1,
+        lambda x: x @ x.mT,
+        lambda x: x[:, :, :3],
+        lambda x: x[0],
+        lambda x: x.transpose(1, 2).reshape(2, -1, 128),
+        lambda x: x.reshape(-1),
+        lambda x: x.expand(2, 2, 45, 64),
+        lambda x: torch.cat([x, x], dim=2),
+        lambda x: x.contiguous().to(torch.float64),
+        lambda x: x.clone(),
+    ):
+        result = operation(values)
+        assert type(result) is torch.Tensor
+        assert torch.equal(result, operation(dense_values))
+
+
+def test_the_repetition_of_heads_stays_packed(fused_on_the_cpu):
+    (keys, _), (dense, _) = packed()
+    repeated = repeat_kv(keys, 3)
+    assert isinstance(repeated, PackedStates) and repeated.shape == (2, 6, 45, 64)
+    assert torch.equal(repeated + 0, repeat_kv(dense, 3))
+
+
+def test_what_was_handed_out_does_not_change_when_tokens_are_packed_or_added(fused_on_the_cpu):
+    layer = KIVILayer(KIVIConfig(nbits=2, **SMALL).layer(0))
+    states = torch.randn(1, 2, 100, 64)
+    layer.update(states, states)
+    for step in range(70):
+        token = torch.randn(1, 2, 1, 64)
+        expected = torch.cat([layer.keys, token], dim=2)
+        keys, _ = layer.update(token, token)
+        assert isinstance(keys, PackedStates)
+        assert torch.equal(keys.dense(), expected), step
+
+
+GRID = {  # name: (query heads, query tokens, mask, config)
+    "gqa": (6, 1, None, KIVIConfig(nbits=2, **SMALL)),
+    "mha_padded": (2, 1, "bool", KIVIConfig(nbits_key=4, nbits_value=2, **SMALL)),
+    "verification": (4, 3, "bool", KIVIConfig(nbits=8, **SMALL)),
+    "additive": (4, 1, "additive", KIVIConfig(nbits=4, **SMALL)),
+    "paper": (4, 1, None, KIVIConfig(nbits=4, policy="paper", residual_length=32, sink_length=0)),
+}
+
+
+@pytest.mark.parametrize(("heads", "tokens", "kind", "config"), GRID.values(), ids=GRID)
+def test_scaled_dot_product_attention_is_fused(fused_on_the_cpu, monkeypatch, heads, tokens, kind, config):
+    (keys, values), (dense_keys, dense_values) = packed(70, config)
+    query = torch.randn(2, heads, tokens, 64)
+    mask = None if kind is None else torch.rand(2, 1, tokens, 71) > 0.3
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    monkeypatch.setattr(PackedStates, "dense", lambda self: pytest.fail("went dense"))
+    output = scaled_dot_product_attention(query, repeat_kv(keys, heads // 2), repeat_kv(values, heads // 2), mask)
+    monkeypatch.undo()
+    repeated = (repeat_kv(x, heads // 2).double() for x in (dense_keys, dense_values))
+    expected = scaled_dot_product_attention(query.double(), *repeated, mask if kind != "additive" else mask.double())
+    assert (output - expected).norm() / expected.norm() < 1e-4
+
+
+class _Attention(torch.nn.Module):
+    num_key_value_groups, is_causal = 2, True
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_the_kivi_attention_over_packed_and_plain_states(fused_on_the_cpu, softcap, sinks):
+    (keys, values), dense = packed()
+    query, s_aux = torch.randn(2, 4, 1, 64), torch.randn(4) if sinks else None
+    results = [
+        kivi_attention_forward(_Attention(), query, *states, None, scaling=0.2, softcap=softcap, s_aux=s_aux)[0]
+        for states in ((keys, values), dense)
+    ]
+    scores = query.double() @ repeat_kv(dense[0], 2).double().mT * 0.2
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    weights = scores.exp()
+    total = weights.sum(-1, keepdim=True) + (s_aux.double().exp().view(1, 4, 1, 1) if sinks else 0)
+    expected = (weights / total @ repeat_kv(dense[1], 2).double()).transpose(1, 2)
+    for result in results:
+        assert (result - expected).norm() / expected.norm() < 1e-4
+
+
+def test_a_masked_prompt_of_the_kivi_attention():
+    query, states = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
+    plain, _ = kivi_attention_forward(_Attention(), query, states, states, None)
+    capped, _ = kivi_attention_forward(_Attention(), query, states, states, None, softcap=1e6)
+    assert (plain - capped).norm() / plain.norm() < 1e-4  # causal both times
+
+
+@pytest.mark.parametrize("name", ["sdpa", "kivi", "eager"])
+def test_generates_the_same_tokens_as_the_dense_path(fused_on_the_cpu, monkeypatch, name):
+    config = KIVIConfig(nbits=2, **SMALL)
+    model, inputs = tiny_llama(layers=1, head_dim=64, attention=name), prompt(tokens=50, padding=7)
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cache = KIVICache(config)
+    output = model.generate(**inputs, past_key_values=cache, **kwargs)
+    assert cache.explain() == {0: "packed"}
+    monkeypatch.setattr(attention, "FUSED_DEVICES", ["cuda"])
+    expected = model.generate(**inputs, past_key_values=KIVICache(config), **kwargs)
+    assert torch.equal(output.sequences, expected.sequences)
+    logits, expected_logits = torch.stack(output.logits), torch.stack(expected.logits)
+    assert (logits - expected_logits).norm() / expected_logits.norm() < 1e-4
+
+
+def test_explains_why_a_layer_is_dense(fused_on_the_cpu):
+    config = KIVIConfig(
+        layers={1: {"rotation": "hadamard"}, 2: {"nbits_value": 16}}, heads={3: {0: 8}}, nbits_key=4, nbits_value=4
+    )
+    cache = KIVICache(config)
+    for layer_idx in range(5):
+        states = torch.randn(1, 2, 10, 64)
+        cache.update(states, states[..., :32] if layer_idx == 4 else states, layer_idx)
+    explained = cache.explain()
+    assert explained[0] == "packed"
+    for layer_idx, reason in ((1, "rotated"), (2, "values have 16 bits"), (3, "heads"), (4, "head_dim 64, values 32")):
+        assert explained[layer_idx].startswith("dense: ") and reason in explained[layer_idx]
+
+
+def test_gradients_take_the_dense_path(fused_on_the_cpu):
+    layer = KIVILayer(KIVIConfig(nbits=4, **SMALL).layer(0))
+    states = torch.randn(1, 2, 60, 64)
+    layer.update(states, states)
+    token = torch.randn(1, 2, 1, 64, requires_grad=True)
+    keys, _ = layer.update(token, token)
+    assert type(keys) is torch.Tensor and keys.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sdpa", "kivi"])
+@pytest.mark.parametrize("padding", [0, 30], ids=["", "left_padded"])
+def test_decode_on_a_gpu_is_the_dense_path_within_rounding(monkeypatch, dtype, name, padding):
+    """Teacher forcing: the same tokens through both paths, logits compared step by step."""
+    import copy
+
+    model = copy.deepcopy(tiny_llama(layers=2, heads=8, kv_heads=2, head_dim=128)).to("cuda", dtype)
+    model.set_attn_implementation(name)
+    inputs = {key: value.cuda() for key, value in prompt(tokens=700, padding=padding).items()}
+
+    def logits(cache):
+        mask = inputs["attention_mask"]
+        with torch.no_grad():
+            model(inputs["input_ids"][:, :600], attention_mask=mask[:, :600], past_key_values=cache)
+            return torch.cat([
+                model(inputs["input_ids"][:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+                for i in range(600, 700)
+            ]).float()  # fmt: skip
+
+    cache = KIVICache(KIVIConfig(nbits=2))
+    fused = logits(cache)
+    assert cache.explain() == {0: "packed", 1: "packed"}
+    monkeypatch.setattr(attention, "FUSED_DEVICES", [])
+    dense = logits(KIVICache(KIVIConfig(nbits=2)))
+    # Random weights amplify rounding, and a code that turns over is a step of 2 bits: the kernel's own error is held
+    # far tighter in its own tests.
+    assert (fused - dense).norm() / dense.norm() < (0.08 if dtype == torch.float16 else 0.2)
