@@ -41,7 +41,8 @@ def quantize(states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Te
     groups, dim = _group(states.float(), group_size, axis)
     low, high = groups.aminmax(dim=dim)
     minimum = to_metadata(low)
-    scale = to_metadata((high - low) / (2**nbits - 1))
+    # divided by a tensor: by a number, a GPU multiplies with its reciprocal, and the last bit depends on the device
+    scale = to_metadata((high - low) / torch.full_like(high, 2**nbits - 1))
     # a non-finite value anywhere in the group makes both ends' difference non-finite
     minimum = torch.where((high - low).isfinite(), minimum, torch.nan)
     codes = encode(states, scale, minimum, nbits, group_size, axis)

@@ -127,10 +127,9 @@ def compile_pack(target, head_dim, nbits):
     from kivicache.triton.unpack import unpack_kernel
 
     width = words(head_dim, nbits)
-    block_w = next_power_of_2(width)
-    shape = {"NBITS": nbits, "W": width, "D": head_dim, "G": 32, "BLOCK_W": block_w}
-    channel = shape | {"BLOCK_G": 32}
-    token = shape | {"NC": -(-head_dim // 32), "EVEN": head_dim & (head_dim - 1) == 0, "BLOCK_T": BLOCK_T}
+    shape = {"NBITS": nbits, "W": width, "D": head_dim, "G": 32, "BLOCK_W": next_power_of_2(width)}
+    channel = shape | {"BLOCK_G": 32, "BLOCK_W": min(32, next_power_of_2(width))}
+    token = shape | {"NC": -(-head_dim // 32), "BLOCK_T": BLOCK_T, "BLOCK_G": 32}
     for kernel, constants in ((pack_channel_kernel, channel), (pack_token_kernel, token)):
         compile_kernel(kernel, target, pointer_types(kernel, "*bf16"), constants, num_warps=4)
     for along_channel in (True, False):

@@ -1,8 +1,4 @@
-"""Quantize and pack: dense tokens to words, scale and minimum, bit for bit as quantization.quantize + packing.pack.
-
-Both kernels load their tokens once, as [tokens, fields, words]: field f of word w is channel ``f * words + w``, so a
-token's row is read in order, 16 bytes a thread, and packing is a sum over the fields.
-"""
+"""Quantize and pack: dense tokens to words, scale and minimum, bit for bit as quantization.quantize + packing.pack."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 FLOAT16_MAX = tl.constexpr(65504.0)
-BLOCK_T = 16  # tokens of a program of the token kernel: 16 values a thread at head_dim 128
+BLOCK_T = 16  # tokens of a program where groups run along a token
 
 
 @triton.jit
@@ -23,9 +19,19 @@ def _metadata(x):
 
 
 @triton.jit
-def _scale_minimum(low, high, nan, LEVELS: tl.constexpr):
-    """A group's scale and minimum, float16; NaN where it holds a NaN or an infinity."""
-    span = tl.where(nan, float("nan"), high - low)
+def _group_range(x, ok, dim: tl.constexpr):
+    """Minimum and maximum of a group (NaN if it holds one), and whether their difference is finite."""
+    nan = tl.max(tl.where(ok & (x != x), 1, 0), dim) > 0
+    low = tl.min(tl.where(ok & (x == x), x, float("inf")), dim)
+    high = tl.max(tl.where(ok & (x == x), x, -float("inf")), dim)
+    low = tl.where(nan, float("nan"), low)
+    high = tl.where(nan, float("nan"), high)
+    return low, high
+
+
+@triton.jit
+def _scale_minimum(low, high, LEVELS: tl.constexpr):
+    span = high - low
     finite = tl.abs(span) <= 3.4028234663852886e38  # neither NaN nor infinite
     scale = _metadata(tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32)))
     minimum = tl.where(finite, _metadata(low), float("nan")).to(tl.float16)
@@ -33,52 +39,28 @@ def _scale_minimum(low, high, nan, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _reciprocal(scale):
-    """(scale, its reciprocal) in float32, as _encode wants them; a constant group's scale 0 counts as 1."""
+def _round_even(x):
+    """Round half to even, for 0 <= x < 2**22; larger and NaN unchanged (clamped later)."""
+    magic = 8388608.0
+    return tl.where((x >= 0) & (x < 4194304.0), (x + magic) - magic, x)
+
+
+@triton.jit
+def _encode(x, scale, minimum, LEVELS: tl.constexpr):
     scale = scale.to(tl.float32)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    return scale, 1.0 / scale
-
-
-@triton.jit
-def _encode(x, scale, reciprocal, minimum, LEVELS: tl.constexpr):
-    """clamp(round_half_even((x - minimum) / scale), 0, LEVELS), NaN as 0, without a division per value.
-
-    The code is one of two neighbours, k and k + 1, and (k + 1/2) * scale decides: with scale's 11 bits it is exact in
-    float32, and the rounded quotient is k + 1/2 only where x - minimum is exactly that.
-    """
-    above = x - minimum.to(tl.float32)
-    # the sum with 2**23 - 1/2 has no room for a fraction: floor of the quotient, or at a whole number its neighbour
-    shifted = above * reciprocal + 8388607.5
-    shifted = tl.where(shifted > 8388608.0, shifted, 8388608.0)
-    shifted = tl.where(shifted < 8388608.0 + (LEVELS - 1), shifted, 8388608.0 + (LEVELS - 1))
-    lower = shifted - 8388608.0
-    middle = lower * scale + 0.5 * scale
-    code = shifted.to(tl.int32, bitcast=True) & 255
-    odd = (code & 1) != 0
-    return code + tl.where((above > middle) | ((above == middle) & odd), 1, 0)
-
-
-@triton.jit
-def _to_words(code, NBITS: tl.constexpr):
-    """Codes int32 [tokens, fields, words] to words int16 [tokens, words].
-
-    Two neighbouring words travel as one number through the sum, which halves its exchange between threads.
-    """
-    T: tl.constexpr = code.shape[0]
-    F: tl.constexpr = code.shape[1]
-    W: tl.constexpr = code.shape[2]
-    shifted = code << (tl.arange(0, F) * NBITS)[None, :, None]
-    even, odd = tl.split(tl.reshape(shifted, [T, F, W // 2, 2]))
-    pair = tl.sum(even | (odd << 16), 1)
-    return tl.reshape(tl.join(pair & 65535, (pair >> 16) & 65535), [T, W]).to(tl.int16)
+    code = tl.div_rn(x - minimum.to(tl.float32), scale)
+    code = _round_even(code)
+    code = tl.where(code == code, code, 0.0)
+    code = tl.where(code < 0.0, 0.0, tl.where(code > LEVELS, LEVELS * 1.0, code))
+    return code.to(tl.int32)
 
 
 @triton.jit
 def pack_channel_kernel(
     x_ptr,  # [B, H, T, D], last dimension contiguous
     word_ptr,  # int16 [B, H, T, W]
-    scale_ptr,  # float16 [B, H, T / G, D]
+    scale_ptr,
     min_ptr,  # float16 [B, H, T / G, D]
     H,
     stride_xb,
@@ -96,50 +78,35 @@ def pack_channel_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """A program: one group of tokens, BLOCK_W words of each."""
-    LEVELS: tl.constexpr = (1 << NBITS) - 1
+    """A program: one group of tokens, BLOCK_W words."""
     i_g = tl.program_id(0).to(tl.int64)
     i_b = (tl.program_id(1) // H).to(tl.int64)
     i_h = (tl.program_id(1) % H).to(tl.int64)
     w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
     r = tl.arange(0, BLOCK_G)
     t = i_g * G + r
-    c = (tl.arange(0, 16 // NBITS) * W)[:, None] + w[None, :]
-    c_ok = (w < W)[None, :] & (c < D)
-    ok = (r < G)[:, None, None] & c_ok[None, :, :]
     x_ptr += i_b * stride_xb + i_h * stride_xh
-    x = tl.load(x_ptr + t[:, None, None] * stride_xt + c[None, :, :], mask=ok, other=0.0).to(tl.float32)
-    if BLOCK_G == G:  # spare channels have their own, unused minimum
-        low = tl.min(x, 0)
-        high = tl.max(x, 0)
-    else:
-        low = tl.min(tl.where(ok, x, float("inf")), 0)
-        high = tl.max(tl.where(ok, x, -float("inf")), 0)
-    nan = tl.max(tl.where(x == x, 0, 1), 0) != 0
-    scale, minimum = _scale_minimum(low, high, nan, LEVELS)
     o_s = i_b * stride_sb + i_h * stride_sh + i_g * D
-    tl.store(scale_ptr + o_s + c, scale, mask=c_ok)
-    tl.store(min_ptr + o_s + c, minimum, mask=c_ok)
-    scale, reciprocal = _reciprocal(scale)
-    code = _encode(x, scale[None, :, :], reciprocal[None, :, :], minimum[None, :, :], LEVELS)
-    if (16 // NBITS) * W != D:  # spare fields of the last words are zero
-        code = tl.where((c < D)[None, :, :], code, 0)
-    words = _to_words(code, NBITS)
+    words = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
+    for f in tl.static_range(16 // NBITS):
+        c = f * W + w
+        ok = (r < G)[:, None] & ((w < W) & (c < D))[None, :]
+        x = tl.load(x_ptr + t[:, None] * stride_xt + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        low, high = _group_range(x, ok, 0)
+        scale, minimum = _scale_minimum(low, high, (1 << NBITS) - 1)
+        tl.store(scale_ptr + o_s + c, scale, mask=(w < W) & (c < D))
+        tl.store(min_ptr + o_s + c, minimum, mask=(w < W) & (c < D))
+        code = _encode(x, scale[None, :], minimum[None, :], (1 << NBITS) - 1)
+        words |= tl.where(ok, code, 0) << (f * NBITS)
     o_w = i_b * stride_wb + i_h * stride_wh + t[:, None] * stride_wt + w[None, :]
-    tl.store(word_ptr + o_w, words, mask=(r < G)[:, None] & (w < W)[None, :])
-
-
-@triton.jit
-def _store_token_groups(scale_ptr, min_ptr, offsets, scale, minimum, mask):
-    tl.store(scale_ptr + offsets, scale, mask=mask)
-    tl.store(min_ptr + offsets, minimum, mask=mask)
+    tl.store(word_ptr + o_w, words.to(tl.int16), mask=(r < G)[:, None] & (w < W)[None, :])
 
 
 @triton.jit
 def pack_token_kernel(
     x_ptr,  # [B, H, T, D], last dimension contiguous
     word_ptr,  # int16 [B, H, T, W]
-    scale_ptr,  # float16 [B, H, T, NC]
+    scale_ptr,
     min_ptr,  # float16 [B, H, T, NC]
     T,
     H,
@@ -156,57 +123,46 @@ def pack_token_kernel(
     D: tl.constexpr,
     G: tl.constexpr,
     NC: tl.constexpr,
-    EVEN: tl.constexpr,  # D and G are powers of two: a row splits into groups as evenly as into fields
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):
-    """A program: BLOCK_T tokens."""
-    LEVELS: tl.constexpr = (1 << NBITS) - 1
-    FIELDS: tl.constexpr = 16 // NBITS
+    """A program: BLOCK_T tokens. First all scales and minima, then the words (x is read again, from cache)."""
     i_b = (tl.program_id(1) // H).to(tl.int64)
     i_h = (tl.program_id(1) % H).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    t_ok = t < T
-    w = tl.arange(0, BLOCK_W)
     x_ptr += i_b * stride_xb + i_h * stride_xh
     o_s = i_b * stride_sb + i_h * stride_sh + t * NC
-    if EVEN:
-        c = tl.arange(0, D)
-        x = tl.load(x_ptr + t[:, None] * stride_xt + c[None, :], mask=t_ok[:, None], other=0.0).to(tl.float32)
-        x = tl.reshape(x, [BLOCK_T, NC, G])
-        nan = tl.max(tl.where(x == x, 0, 1), 2) != 0
-        scale, minimum = _scale_minimum(tl.min(x, 2), tl.max(x, 2), nan, LEVELS)
-        o_g = o_s[:, None] + tl.arange(0, NC)[None, :]
-        _store_token_groups(scale_ptr, min_ptr, o_g, scale, minimum, t_ok[:, None])
-        scale, reciprocal = _reciprocal(scale)
-        code = _encode(x, scale[:, :, None], reciprocal[:, :, None], minimum[:, :, None], LEVELS)
-        code = tl.reshape(code, [BLOCK_T, FIELDS, W])
-    else:
-        c = (tl.arange(0, FIELDS) * W)[:, None] + w[None, :]
-        ok = t_ok[:, None, None] & ((w < W)[None, :] & (c < D))[None, :, :]
-        x = tl.load(x_ptr + t[:, None, None] * stride_xt + c[None, :, :], mask=ok, other=0.0).to(tl.float32)
-        ROW: tl.constexpr = FIELDS * BLOCK_W
-        x = tl.reshape(x, [BLOCK_T, ROW])
-        ok = tl.reshape(ok, [BLOCK_T, ROW])
-        group = tl.reshape(tl.broadcast_to((c // G)[None, :, :], [BLOCK_T, FIELDS, BLOCK_W]), [BLOCK_T, ROW])
-        code = tl.zeros([BLOCK_T, ROW], tl.int32)
-        for g in tl.static_range(NC):
-            here = ok & (group == g)
-            low = tl.min(tl.where(here, x, float("inf")), 1)
-            high = tl.max(tl.where(here, x, -float("inf")), 1)
-            nan = tl.max(tl.where(here & (x != x), 1, 0), 1) != 0
-            scale, minimum = _scale_minimum(low, high, nan, LEVELS)
-            _store_token_groups(scale_ptr, min_ptr, o_s + g, scale, minimum, t_ok)
-            scale, reciprocal = _reciprocal(scale)
-            encoded = _encode(x, scale[:, None], reciprocal[:, None], minimum[:, None], LEVELS)
-            code = tl.where(here, encoded, code)
-        code = tl.reshape(code, [BLOCK_T, FIELDS, BLOCK_W])
+    r = tl.arange(0, BLOCK_G)
+    for g in range(NC):
+        c = g * G + r
+        ok = (t < T)[:, None] & ((r < G) & (c < D))[None, :]
+        x = tl.load(x_ptr + t[:, None] * stride_xt + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        low, high = _group_range(x, ok, 1)
+        scale, minimum = _scale_minimum(low, high, (1 << NBITS) - 1)
+        tl.store(scale_ptr + o_s + g, scale, mask=t < T)
+        tl.store(min_ptr + o_s + g, minimum, mask=t < T)
+    tl.debug_barrier()
+    w = tl.arange(0, BLOCK_W)
+    words = tl.zeros([BLOCK_T, BLOCK_W], tl.int32)
+    for f in tl.static_range(16 // NBITS):
+        c = f * W + w
+        ok = (t < T)[:, None] & ((w < W) & (c < D))[None, :]
+        x = tl.load(x_ptr + t[:, None] * stride_xt + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + o_s[:, None] + c[None, :] // G, mask=ok, other=0.0)
+        minimum = tl.load(min_ptr + o_s[:, None] + c[None, :] // G, mask=ok, other=0.0)
+        code = _encode(x, scale, minimum, (1 << NBITS) - 1)
+        words |= tl.where(ok, code, 0) << (f * NBITS)
     o_w = i_b * stride_wb + i_h * stride_wh + t[:, None] * stride_wt + w[None, :]
-    tl.store(word_ptr + o_w, _to_words(code, NBITS), mask=t_ok[:, None] & (w < W)[None, :])
+    tl.store(word_ptr + o_w, words.to(tl.int16), mask=(t < T)[:, None] & (w < W)[None, :])
 
 
 def quantize_pack(
-    states: Tensor, nbits: int, group_size: int, axis: str, out: tuple[Tensor, Tensor, Tensor] | None = None
+    states: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: str,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Triton twin of ``pack(quantize(states))``: the very same words, scale and minimum.
 
@@ -219,10 +175,10 @@ def quantize_pack(
         words int16 ``[B, H, T, W]``; scale, minimum float16.
     """
     B, H, T, D = states.shape
-    W = -(-D * nbits // 16)
-    channel = axis == "channel"
     if states.stride(3) != 1:
         states = states.contiguous()
+    W = -(-D * nbits // 16)
+    channel = axis == "channel"
     if out is None:
         table = (B, H, T // group_size, D) if channel else (B, H, T, -(-D // group_size))
         out = (
@@ -231,15 +187,11 @@ def quantize_pack(
             torch.empty(table, dtype=torch.float16, device=states.device),
         )
     words, scale, minimum = out
-    if not states.numel():
+    if T == 0:
         return out
     strides = (*states.stride()[:3], *words.stride()[:3], *scale.stride()[:2])
-    block_w = max(2, triton.next_power_of_2(W))
     if channel:
-        block_g = triton.next_power_of_2(group_size)
-        # at 8 warps, 64 values a thread
-        while block_w > 8 and block_g * block_w * (16 // nbits) > 16384:
-            block_w //= 2
+        block_w = min(32, triton.next_power_of_2(W))
         pack_channel_kernel[(T // group_size, B * H, triton.cdiv(W, block_w))](
             states,
             words,
@@ -251,12 +203,11 @@ def quantize_pack(
             W=W,
             D=D,
             G=group_size,
-            BLOCK_G=block_g,
+            BLOCK_G=triton.next_power_of_2(group_size),
             BLOCK_W=block_w,
-            num_warps=4 if block_g * block_w * (16 // nbits) <= 4096 else 8,
+            num_warps=4,
         )
     else:
-        G = min(group_size, D)
         pack_token_kernel[(triton.cdiv(T, BLOCK_T), B * H)](
             states,
             words,
@@ -268,11 +219,11 @@ def quantize_pack(
             NBITS=nbits,
             W=W,
             D=D,
-            G=G,
-            NC=triton.cdiv(D, G),
-            EVEN=D >= 16 and triton.next_power_of_2(D) == D and triton.next_power_of_2(G) == G,
+            G=group_size,
+            NC=-(-D // group_size),
             BLOCK_T=BLOCK_T,
-            BLOCK_W=block_w,
+            BLOCK_W=triton.next_power_of_2(W),
+            BLOCK_G=triton.next_power_of_2(min(group_size, D)),
             num_warps=4,
         )
     return out
