@@ -5,8 +5,8 @@ different tokens. The kernel walks tiles of BLOCK_T tokens in which each tensor 
 of tiles: sinks; packed in both; packed in one (it starts at a tile's boundary, the tokens it shares with the run
 before are masked); full precision in both. A program takes an even share of all tiles.
 
-This kernel is portable (NVIDIA, AMD, the interpreter) and takes every format. decode_nvidia.py is its fast twin for
-the common one; `decode_attention` chooses.
+This kernel is portable and takes every format: it is the readable twin, and what the interpreter runs. On NVIDIA GPUs
+decode_nvidia.py, many times faster, serves the common format, and other formats are dequantized first.
 """
 
 from __future__ import annotations
@@ -472,11 +472,14 @@ def decode_attention(
         softcap: 0 is off.
         lengths: int32 ``[4]`` on the device: how many sinks, packed keys, packed values and tokens in all are valid.
             The tensors are then capacities, and a captured graph goes on working as the lengths grow.
-        fast: force (True) or refuse (False) decode_nvidia.py; default: wherever it can serve.
+        fast: decode_nvidia.py (True) or this file's kernel (False); default: the former on an NVIDIA GPU.
         splits: programs per key head, default from tuning.py.
 
     Returns:
         ``[B, query heads, Q, D]``, the query's dtype. A row whose mask is all closed is 0.
+
+    Raises:
+        ValueError: where the fast kernel is asked for and cannot serve, with the reasons.
     """
     B, heads, Q, D = query.shape
     H = keys[0].shape[1]
@@ -489,8 +492,8 @@ def decode_attention(
     scale = D**-0.5 if scale is None else scale
     reasons = fast_reasons(query, keys, values, sinks, newest, nbits, group_size, axes, scale)
     if fast is None:
-        fast = not reasons
-    elif fast and reasons:
+        fast = query.device.type == "cuda" and torch.version.hip is None
+    if fast and reasons:
         raise ValueError("decode_nvidia cannot serve this: " + "; ".join(reasons))
     mask_kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     if mask_kind == 1:
