@@ -36,8 +36,8 @@ class KIVILayer(DynamicLayer):
         """Cache new tokens and return what the attention sees.
 
         A prompt on an empty cache attends to its own exact keys and values. Later tokens attend to the cache as it
-        was before this call, dequantized, followed by their own exact keys and values. Then the tokens that have left
-        the window are packed.
+        was before this call, followed by their own exact keys and values: a few of them, where the kernels can serve,
+        to [`PackedStates`], else to dense tensors. Then the tokens that have left the window are packed.
 
         Args:
             key_states, value_states: ``[batch, kv_heads, new_tokens, head_dim]``; head_dim may differ between them.
