@@ -64,7 +64,10 @@ class KIVILayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         lengths = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
         if self._attends_packed(key_states, value_states):
-            return self._update_packed(key_states, value_states, lengths)
+            return (
+                self._update_packed(cached_keys, key_states, lengths[0]),
+                self._update_packed(cached_values, value_states, lengths[1]),
+            )
         if len(cached_keys) == 0:
             keys, values = key_states, value_states
         else:
@@ -206,14 +209,13 @@ class KIVILayer(DynamicLayer):
             and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         )
 
-    def _update_packed(self, key_states: Tensor, value_states: Tensor, lengths: tuple[int, int]) -> Any:
+    @staticmethod
+    def _update_packed(cached: KIVIStates, states: Tensor, length: int) -> PackedStates:
         """Join the new tokens to the residual, hand out the states as they then are, and pack what is due."""
-        seen = []
-        for cached, states, length in zip(self._states(), (key_states, value_states), lengths, strict=True):
-            cached.residual.append(states)  # where something is packed, the sinks are complete
-            seen.append(PackedStates(cached.snapshot()))
-            cached.pack(length)
-        return tuple(seen)
+        cached.residual.append(states)  # where something is packed, the sinks are complete
+        seen = PackedStates(cached.snapshot())
+        cached.pack(length)
+        return seen
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[KIVIStates, KIVIStates]:
         """Both stores, once the new states are known to fit them and each other."""

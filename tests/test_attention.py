@@ -1,5 +1,7 @@
 """The seam: packed states in a model's own attention."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -166,8 +168,6 @@ def test_gradients_take_the_dense_path(fused_on_the_cpu):
 @pytest.mark.parametrize("padding", [0, 30], ids=["", "left_padded"])
 def test_decode_on_a_gpu_is_the_dense_path_within_rounding(monkeypatch, dtype, name, padding):
     """Teacher forcing: the same tokens through both paths, logits compared step by step."""
-    import copy
-
     model = copy.deepcopy(tiny_llama(layers=2, heads=8, kv_heads=2, head_dim=128)).to("cuda", dtype)
     model.set_attn_implementation(name)
     inputs = {key: value.cuda() for key, value in prompt(tokens=700, padding=padding).items()}
