@@ -3,9 +3,9 @@
     pip install -e ".[demo,eval,hqq,quanto]"
     python -m benchmarks.perplexity --text wiki.test.raw
 
-A one-shot perplexity would measure nothing, since a prompt attends to its own exact keys and values. So each sequence
-is prefilled with its first tokens, and the rest is fed through the cache in steps. Compared are KIVICache, at several
-settings, and transformers' own QuantizedCache, whose prefill and steps are the same.
+Each sequence is prefilled with its first tokens, and the rest is fed through the cache in steps (see
+`kivicache.fidelity`). Compared are KIVICache, at several settings, and transformers' own QuantizedCache, whose prefill
+and steps are the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from kivicache import KIVICache, KIVIConfig, __version__
+from kivicache.fidelity import kl_divergence, spread_sequences, step_log_probs
 from kivicache.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,19 +43,11 @@ SETTINGS: dict[str, Callable[[object], Cache]] = {
 }
 
 
-@torch.no_grad()
-def step_log_probs(model: torch.nn.Module, tokens: Tensor, cache: Cache, prefill: int, step: int) -> Tensor:
-    """Log probabilities [batch, tokens - prefill - 1, vocabulary] of the tokens behind the first ``prefill``."""
-    model(tokens[:, :prefill], past_key_values=cache, logits_to_keep=1)
-    rest = tokens[:, prefill:-1].split(step, dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits.float().log_softmax(-1) for piece in rest], dim=1)
-
-
 def scores(log_probs: Tensor, exact: Tensor, targets: Tensor) -> dict[str, float]:
     """Perplexity, mean KL(exact || cached) in nats per token, and how often the most likely token is the same."""
     return {
         "perplexity": log_probs.gather(-1, targets[..., None]).mean().neg().exp().item(),
-        "kl": (exact.exp() * (exact - log_probs)).sum(-1).mean().item(),
+        "kl": kl_divergence(exact, log_probs).mean().item(),
         "top1_agreement": (exact.argmax(-1) == log_probs.argmax(-1)).float().mean().item(),
     }
 
@@ -97,10 +90,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model, args.device)
     text = Path(args.text).read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt").input_ids[0].to(args.device)
-    length = args.prefill + args.steps + 1
-    # evenly spread over the text, never overlapping
-    starts = torch.linspace(0, len(tokens) - length, args.sequences).long().tolist()
-    batch = torch.stack([tokens[start : start + length] for start in starts])
+    batch = spread_sequences(tokens, args.sequences, args.prefill + args.steps + 1)
     targets, rows, exact = batch[:, args.prefill + 1 :], [], None
     for name, make_cache in SETTINGS.items():
         cache = make_cache(model.config)

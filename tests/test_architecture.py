@@ -38,6 +38,7 @@ ORDER = [  # a module imports only from those above it
     "layer",
     "cache",
     "",
+    "fidelity",
     "models",
     "demo",
     "__main__",

@@ -1,0 +1,47 @@
+"""How close a model stays to full precision when its history is read back from a cache.
+
+A one-shot perplexity would measure nothing, since a prompt attends to its own exact keys and values. So a sequence is
+prefilled with its first tokens, and the rest is fed through the cache in steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+
+def spread_sequences(tokens: Tensor, sequences: int, length: int) -> Tensor:
+    """``sequences`` pieces of ``length`` tokens each, evenly spread over a text ``[tokens]``, never overlapping.
+
+    Raises:
+        ValueError: where the text is too short.
+    """
+    if len(tokens) < sequences * length:
+        raise ValueError(f"text: got {len(tokens)} tokens; allowed: at least {sequences * length}")
+    starts = torch.linspace(0, len(tokens) - length, sequences).long().tolist()
+    return torch.stack([tokens[start : start + length] for start in starts])
+
+
+@torch.no_grad()
+def step_log_probs(model: nn.Module, tokens: Tensor, cache: Cache, prefill: int, step: int) -> Tensor:
+    """Log probabilities of the tokens behind the first ``prefill``, each seen through the cache.
+
+    Args:
+        model: a causal language model.
+        tokens: int64 ``[batch, tokens]``.
+        cache: an empty cache for it.
+        prefill: tokens of the one-shot prefill.
+        step: tokens of every forward pass behind it.
+
+    Returns:
+        float32 ``[batch, tokens - prefill - 1, vocabulary]``: position ``i`` predicts ``tokens[:, prefill + 1 + i]``.
+    """
+    model(tokens[:, :prefill], past_key_values=cache, logits_to_keep=1)
+    rest = tokens[:, prefill:-1].split(step, dim=1)
+    return torch.cat([model(piece, past_key_values=cache).logits.float().log_softmax(-1) for piece in rest], dim=1)
+
+
+def kl_divergence(exact: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(exact || log_probs) of every token, in nats: log probabilities ``[..., vocabulary]`` to ``[...]``."""
+    return (exact.exp() * (exact - log_probs)).sum(-1)
