@@ -30,8 +30,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kivicache import KIVICache, KIVIConfig, __version__
 from kivicache.attention import PackedStates, fused_attention
-from kivicache.backends import get_backend
 from kivicache.layer import KIVILayer
+from kivicache.triton.pack import quantize_pack
+from kivicache.triton.unpack import unpack_dequantize
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_DIM = 32, 128
@@ -121,26 +122,33 @@ def attention_row(nbits_key: int, nbits_value: int, kv_heads: int, batch: int, t
     }
 
 
-def pack_row(nbits: int, axis: str, tokens: int = 32768) -> dict[str, object]:
-    """Quantize and pack a prompt of 8 heads; the ceiling is a copy that reads and writes as many bytes."""
+def pack_rows(nbits: int, axis: str, tokens: int = 32768) -> list[dict[str, object]]:
+    """Pack a prompt of 8 heads, and unpack it again; the ceiling is a copy that reads and writes as many bytes."""
     states = torch.randn(1, 8, tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    backend = get_backend("native")
-    words, scale, minimum = backend.quantize_pack(states, nbits, 32, axis)
-    written = words.nbytes + scale.nbytes + minimum.nbytes
-    source = torch.empty((states.nbytes + written) // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    median, low, high = microseconds(lambda: backend.quantize_pack(states, nbits, 32, axis))
+    packed = quantize_pack(states, nbits, 32, axis)
+    size = (states.nbytes + sum(part.nbytes for part in packed)) // 2
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     copy = microseconds(lambda: target.copy_(source))[0]
-    return {
-        "bits": nbits,
-        "axis": axis,
-        "tokens": tokens,
-        "copy_us": f"{copy:.1f}",
-        "kivicache_us": f"{median:.1f}",
-        "p20_us": f"{low:.1f}",
-        "p80_us": f"{high:.1f}",
-        "of_copy_bandwidth": f"{copy / median:.2f}",
-    }
+    rows = []
+    for name, run in (
+        ("pack", lambda: quantize_pack(states, nbits, 32, axis, packed)),
+        ("unpack", lambda: unpack_dequantize(*packed, nbits, 32, axis, states)),
+    ):
+        median, low, high = microseconds(run)
+        rows.append(
+            {
+                "direction": name,
+                "bits": nbits,
+                "axis": axis,
+                "tokens": tokens,
+                "copy_us": f"{copy:.1f}",
+                "kivicache_us": f"{median:.1f}",
+                "p20_us": f"{low:.1f}",
+                "p80_us": f"{high:.1f}",
+                "of_copy_bandwidth": f"{copy / median:.2f}",
+            }
+        )
+    return rows
 
 
 def host_rows() -> list[dict[str, object]]:
@@ -257,9 +265,8 @@ def main() -> None:
     print(machine)
     write("decode_first_call", [first_call_seconds()], args.out, machine)
     write("decode_attention", [attention_row(*case) for case in CASES], args.out, machine)
-    write(
-        "decode_pack", [pack_row(bits, axis) for axis in ("channel", "token") for bits in (2, 4, 8)], args.out, machine
-    )
+    cases = [(bits, axis) for axis in ("channel", "token") for bits in (2, 4, 8)]
+    write("decode_pack", [row for case in cases for row in pack_rows(*case)], args.out, machine)
     write("decode_host", host_rows(), args.out, machine)
 
 

@@ -54,11 +54,22 @@ class TokenBuffer:
 
     def append(self, states: Tensor) -> None:
         """Add tokens ``[batch, heads, tokens, width]`` at the end."""
-        tokens = states.shape[2]
-        if tokens:
-            self.reserve(tokens)
-            self.data[:, :, self.stop : self.stop + tokens] = states.detach()
-            self.stop += tokens
+        if states.shape[2]:
+            self.room(states.shape[2]).copy_(states.detach())
+            self.advance(states.shape[2])
+
+    def room(self, tokens: int) -> Tensor:
+        """Where the next ``tokens`` belong, to be written to: they are there once [`advance`] says so."""
+        self.reserve(tokens)
+        return self.data[:, :, self.stop : self.stop + tokens]
+
+    def advance(self, tokens: int) -> None:
+        """Take in ``tokens`` that were written into [`room`]."""
+        self.stop += tokens
+
+    def copy_to(self, out: Tensor, start: int, stop: int) -> None:
+        """Write tokens ``start`` to ``stop`` into ``out``."""
+        out.copy_(self.read(start, stop))
 
     def pop(self, tokens: int) -> Tensor:
         """Take up to ``tokens`` of the oldest tokens out and return them."""

@@ -14,6 +14,10 @@ from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
 from kivicache.triton import serves
 
+# Tokens that are quantized or dequantized at once where torch does it: bounds the float32 temporaries, however long
+# the cache is. A kernel needs none, and takes all tokens in one launch.
+CHUNK_LENGTH = 512
+
 
 class PackedTokens:
     """Keys or values of some heads in ``nbits`` bits, with the interface of a [`TokenBuffer`].
@@ -47,30 +51,45 @@ class PackedTokens:
 
     def append(self, states: Tensor) -> None:
         """Quantize ``[batch, heads, tokens, head_dim]`` and add them; ``tokens`` in multiples of tokens_per_group."""
-        if self.rotation is not None:
-            states = hadamard(states.float())
-        words, scale, minimum = self.backend.quantize_pack(states, self.nbits, self.group_size, self.axis)
-        self.codes.append(words)
-        self.scale.append(scale)
-        self.minimum.append(minimum)
+        at_once = self.rotation is None and self.backend.has_kernel(states.device)
+        for part in states.detach().split(states.shape[2] if at_once else self._chunk_length, dim=2):
+            if self.rotation is not None:
+                part = hadamard(part.float())
+            tokens = part.shape[2], part.shape[2] // self.tokens_per_group, part.shape[2] // self.tokens_per_group
+            words, scale, minimum = (buffer.room(n) for buffer, n in zip(self.buffers, tokens, strict=True))
+            self.backend.quantize_pack(part, self.nbits, self.group_size, self.axis, (words, scale, minimum))
+            for buffer, n in zip(self.buffers, tokens, strict=True):
+                buffer.advance(n)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Tokens ``start`` to ``stop`` dequantized; ``start`` a multiple of tokens_per_group."""
+    def copy_to(self, out: Tensor, start: int, stop: int) -> None:
+        """Write tokens ``start`` to ``stop``, dequantized, into ``out``; ``start`` a multiple of tokens_per_group."""
+        if self.rotation is None and serves(out.device):
+            return self._dequantize(out, start, stop)
+        for first in range(start, stop, self._chunk_length):
+            last = min(first + self._chunk_length, stop)
+            states = torch.empty(*out.shape[:2], last - first, self.head_dim, device=out.device)
+            self._dequantize(states, first, last)
+            if self.rotation is not None:
+                states = hadamard(states)
+            out[:, :, first - start : last - start] = states
+
+    def _dequantize(self, out: Tensor, start: int, stop: int) -> None:
+        """Write ``codes * scale + minimum`` of the tokens into ``out``, computed in float32 and rounded once."""
         first, last = start // self.tokens_per_group, -(-stop // self.tokens_per_group)
-        words = self.codes.read(start, last * self.tokens_per_group)
-        states = self._dequantize(words, self.scale.read(first, last), self.minimum.read(first, last))
-        if self.rotation is not None:
-            states = hadamard(states)
-        return states[:, :, : stop - start].to(self.dtype)
+        scale, minimum = self.scale.read(first, last), self.minimum.read(first, last)
+        if serves(out.device):
+            from kivicache.triton.unpack import unpack_dequantize  # triton is optional
 
-    def _dequantize(self, words: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-        """``[batch, heads, tokens, head_dim]`` in float32."""
-        if not serves(words.device):
-            return dequantize(unpack(words, self.nbits, self.head_dim), scale, minimum, self.group_size, self.axis)
-        from kivicache.triton.unpack import unpack_dequantize  # triton is optional
+            with torch.cuda.device_of(out):
+                words = self.codes.read(start, stop)
+                return unpack_dequantize(words, scale, minimum, self.nbits, self.group_size, self.axis, out)
+        codes = unpack(self.codes.read(start, last * self.tokens_per_group), self.nbits, self.head_dim)
+        out.copy_(dequantize(codes, scale, minimum, self.group_size, self.axis)[:, :, : stop - start])
 
-        with torch.cuda.device_of(words):
-            return unpack_dequantize(words, scale, minimum, self.nbits, self.group_size, self.axis, self.head_dim)
+    @property
+    def _chunk_length(self) -> int:
+        """``CHUNK_LENGTH`` in whole groups."""
+        return max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
 
     def snapshot(self) -> PackedTokens:
         """The tokens as they are now, see [`TokenBuffer.snapshot`]."""

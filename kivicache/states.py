@@ -12,9 +12,6 @@ from kivicache.config import LayerConfig
 from kivicache.memory import MemoryReport
 from kivicache.packed import PackedTokens
 
-# Tokens that are quantized or dequantized at once: bounds the float32 temporaries, however long the cache is.
-CHUNK_LENGTH = 512
-
 
 class KIVIStates:
     """Keys or values of one layer in order of tokens: the first ones exact, then packed ones, the newest exact.
@@ -66,17 +63,21 @@ class KIVIStates:
         missing = max(packed_length - self.packed_length, 0)
         for _, store in self.packed:
             store.reserve(missing)
-        # Chunk by chunk, from the residual and then straight from the new states: a long prompt is never copied.
-        while missing > 0:
-            old = self.residual.pop(min(missing, self._chunk_length))
-            new = min(missing, self._chunk_length) - old.shape[2]
-            chunk, states = states[:, :, :new], states[:, :, new:]
-            if old.shape[2]:
-                chunk = torch.cat([old, chunk], dim=2)
-            for heads, store in self.packed:
-                store.append(chunk[:, heads])
-            missing -= chunk.shape[2]
+        if missing:
+            old = self.residual.pop(missing)
+            # New tokens that complete the last group of the old ones; the others are packed where they are, a long
+            # prompt is never copied.
+            filling = -old.shape[2] % self.tokens_per_group
+            new = missing - old.shape[2]
+            self._pack(torch.cat([old, states[:, :, :filling]], dim=2) if filling else old)
+            self._pack(states[:, :, filling:new])
+            states = states[:, :, new:]
         self.residual.append(states)
+
+    def _pack(self, states: Tensor) -> None:
+        if states.shape[2]:
+            for heads, store in self.packed:
+                store.append(states[:, heads])
 
     def pack(self, packed_length: int) -> None:
         """Pack the oldest exact tokens until ``packed_length`` are packed."""
@@ -147,15 +148,13 @@ class KIVIStates:
         )
 
     def _read_packed(self, start: int, stop: int, out: Tensor) -> None:
-        for first in range(start, stop, self._chunk_length):
-            last = min(first + self._chunk_length, stop)
-            for heads, store in self.packed:
-                out[:, heads, first - start : last - start] = store.read(first, last)
-
-    @property
-    def _chunk_length(self) -> int:
-        """``CHUNK_LENGTH`` in whole groups."""
-        return max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
+        for heads, store in self.packed:
+            if isinstance(heads, slice):
+                store.copy_to(out, start, stop)
+            else:
+                part = out.new_empty(out.shape[0], len(heads), *out.shape[2:])
+                store.copy_to(part, start, stop)
+                out[:, heads] = part
 
     def _stores(self) -> list[TokenBuffer | PackedTokens]:
         return [self.sinks, *(store for _, store in self.packed), self.residual]

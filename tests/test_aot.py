@@ -121,20 +121,20 @@ def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4):
 
 
 def compile_pack(target, head_dim, nbits):
-    from triton import next_power_of_2
-
-    from kivicache.triton.pack import BLOCK_T, pack_channel_kernel, pack_token_kernel
+    from kivicache.triton import tuning
+    from kivicache.triton.pack import pack_channel_kernel, pack_token_kernel
     from kivicache.triton.unpack import unpack_kernel
 
     width = words(head_dim, nbits)
-    shape = {"NBITS": nbits, "W": width, "D": head_dim, "G": 32, "BLOCK_W": next_power_of_2(width)}
-    channel = shape | {"BLOCK_G": 32, "BLOCK_W": min(32, next_power_of_2(width))}
-    token = shape | {"NC": -(-head_dim // 32), "BLOCK_T": BLOCK_T, "BLOCK_G": 32}
-    for kernel, constants in ((pack_channel_kernel, channel), (pack_token_kernel, token)):
-        compile_kernel(kernel, target, pointer_types(kernel, "*bf16"), constants, num_warps=4)
-    for along_channel in (True, False):
-        constants = shape | {"AXIS_CHANNEL": along_channel, "BLOCK_T": 32}
-        compile_kernel(unpack_kernel, target, pointer_types(unpack_kernel, "*fp32"), constants, num_warps=4)
+    shape = {"NBITS": nbits, "W": width, "D": head_dim, "G": 32}
+    for kernel, extra, tile in (
+        (pack_channel_kernel, {}, tuning.pack_channel_tile(nbits, width, 32)),
+        (pack_token_kernel, {}, tuning.pack_token_tile(nbits, width, 32)),
+        (unpack_kernel, {"AXIS_CHANNEL": True}, tuning.unpack_tile(nbits, width, 32)),
+        (unpack_kernel, {"AXIS_CHANNEL": False}, tuning.unpack_tile(nbits, width, None)),
+    ):
+        warps = tile.pop("num_warps")
+        compile_kernel(kernel, target, pointer_types(kernel, "*bf16"), shape | extra | tile, warps)
 
 
 def compile_combine(target):

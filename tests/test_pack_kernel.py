@@ -47,12 +47,12 @@ def check(states, nbits, group_size, axis):
     words, own_scale, own_minimum = quantize_pack(states, nbits, group_size, axis)
     assert same(own_scale, scale) and same(own_minimum, minimum)
     assert torch.equal(words, expected)
-    restored = unpack_dequantize(words, scale, minimum, nbits, group_size, axis, states.shape[3])
-    # a GPU adds the minimum in the same step as it multiplies, and so rounds once, not twice
-    ours, theirs = restored, dequantize(unpack(words, nbits, states.shape[3]), scale, minimum, group_size, axis)
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    room = theirs.abs() + scale.float().nan_to_num(0).max() * 2**nbits if DEVICE == "cuda" else 0 * theirs
-    assert ((ours - theirs).nan_to_num(0).abs() <= 2**-23 * room.nan_to_num(0)).all()
+    # Triton's interpreter cuts float32 off where bfloat16 is to be rounded
+    dtype = torch.float32 if DEVICE == "cpu" and states.dtype == torch.bfloat16 else states.dtype
+    restored = torch.full_like(states, 7, dtype=dtype)
+    unpack_dequantize(words, scale, minimum, nbits, group_size, axis, restored)
+    dense = dequantize(unpack(words, nbits, states.shape[3]), scale, minimum, group_size, axis)
+    assert same(restored, dense.to(dtype))
 
 
 @pytest.mark.parametrize("nbits", [2, 4, 8])

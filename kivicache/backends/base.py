@@ -37,10 +37,22 @@ class Backend(ABC):
         ``codes * scale + minimum``.
         """
 
-    def quantize_pack(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
-        """As [`quantize`], with the codes packed into words (see [`kivicache.packing`])."""
+    def quantize_pack(
+        self, states: Tensor, nbits: int, group_size: int, axis: str, out: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """As [`quantize`], with the codes packed into words (see [`kivicache.packing`]).
+
+        Args:
+            states, nbits, group_size, axis: as in [`kivicache.quantization.quantize`].
+            out: (words, scale, minimum) to write into.
+        """
         codes, scale, minimum = self.quantize(states, nbits, group_size, axis)
-        return pack(codes, nbits), scale, minimum
+        for target, result in zip(out, (pack(codes, nbits), scale, minimum), strict=True):
+            target.copy_(result)
+
+    def has_kernel(self, device: torch.device) -> bool:
+        """Whether [`quantize_pack`] is one kernel there: it makes no temporaries that grow with the tokens."""
+        return False
 
 
 class LibraryBackend(Backend):

@@ -16,10 +16,15 @@ class NativeBackend(Backend, name="native"):
     def quantize(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
         return quantize(states, nbits, group_size, axis)
 
-    def quantize_pack(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
-        if not serves(states.device):
-            return super().quantize_pack(states, nbits, group_size, axis)
+    def quantize_pack(
+        self, states: Tensor, nbits: int, group_size: int, axis: str, out: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        if not self.has_kernel(states.device):
+            return super().quantize_pack(states, nbits, group_size, axis, out)
         from kivicache.triton.pack import quantize_pack  # triton is optional
 
         with torch.cuda.device_of(states):
-            return quantize_pack(states, nbits, group_size, axis)
+            quantize_pack(states, nbits, group_size, axis, out)
+
+    def has_kernel(self, device: torch.device) -> bool:
+        return serves(device)

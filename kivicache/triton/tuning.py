@@ -21,6 +21,8 @@ REGISTERS = 168
 # needs no barrier and no trip through shared memory, and does not repeat the addresses four times over.
 PORTABLE_WARPS_NVIDIA = 1
 PORTABLE_WARPS = 4
+# Values of a warp of the pack kernels: 128 a thread.
+PACK_VALUES = 4096
 
 
 @functools.lru_cache
@@ -73,3 +75,38 @@ def portable_splits(tokens: int, programs: int, device: torch.device) -> int:
 def portable_warps(device: torch.device) -> int:
     """Warps of a program of the portable kernel."""
     return PORTABLE_WARPS_NVIDIA if device.type == "cuda" and not torch.version.hip else PORTABLE_WARPS
+
+
+def pack_channel_tile(nbits: int, words: int, group_size: int) -> dict[str, int]:
+    """Blocks of pack_channel_kernel. A warp takes 32 tokens, which is 128 values a thread.
+
+    Vectors of two words, not the widest: the fewer lanes share a word's column, the fewer tokens lie in other lanes,
+    and the range of a group is found in registers.
+    """
+    block_g = _power_of_two(group_size)
+    warps = min(max(block_g // 32, 1), 8)
+    block_w = max(min(_power_of_two(words), PACK_VALUES * warps * nbits // 16 // block_g), 1)
+    return {"BLOCK_G": block_g, "BLOCK_W": block_w, "VECTOR": min(2, block_w), "num_warps": warps}
+
+
+def pack_token_tile(nbits: int, words: int, group_size: int) -> dict[str, int]:
+    """Blocks of pack_token_kernel: as many tokens as make PACK_VALUES values."""
+    block_w, block_g = _power_of_two(words), _power_of_two(group_size)
+    block_t = max(PACK_VALUES // max(block_w * 16 // nbits, block_g), 1)
+    return {"BLOCK_T": block_t, "BLOCK_W": block_w, "BLOCK_G": block_g, "num_warps": 1}
+
+
+def unpack_tile(nbits: int, words: int, tokens_per_group: int | None) -> dict[str, int]:
+    """Blocks of unpack_kernel: as many tokens as make PACK_VALUES values, all of one group where groups are of tokens.
+
+    Then one row of scales serves the tile; a scale per value would have to be loaded with it.
+    """
+    block_w = _power_of_two(words)
+    block_t = max(PACK_VALUES // (block_w * 16 // nbits), 1)
+    if tokens_per_group is not None:
+        block_t = min(block_t, tokens_per_group & -tokens_per_group)
+    return {"BLOCK_T": block_t, "BLOCK_W": block_w, "num_warps": 1}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
