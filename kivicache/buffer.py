@@ -33,6 +33,13 @@ class TokenBuffer:
             self.data = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
         self.start = self.stop = 0
 
+    @classmethod
+    def of(cls, data: Tensor) -> TokenBuffer:
+        """A buffer that is full of ``data`` ``[batch, heads, tokens, width]``, which it does not copy."""
+        buffer = cls.__new__(cls)
+        buffer.data, buffer.start, buffer.stop = data, 0, data.shape[2]
+        return buffer
+
     def __len__(self) -> int:
         return self.stop - self.start
 

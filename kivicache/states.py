@@ -33,12 +33,14 @@ class KIVIStates:
             config: group size, sinks, rotation and backend of the layer.
         """
         self.sink_length = config.sink_length
+        self.axis, self.rotation = axis, config.rotation
         self.sinks = TokenBuffer(like)
         self.residual = TokenBuffer(like)
         self.packed: list[tuple[list[int] | slice, TokenBuffer | PackedTokens]] = []
-        for bits in sorted(set(nbits)):
-            members = [head for head, head_bits in enumerate(nbits) if head_bits == bits]
-            heads = slice(None) if len(members) == len(nbits) else members
+        bits_of_stores = sorted(set(nbits))
+        self.heads = tuple(tuple(h for h, head_bits in enumerate(nbits) if head_bits == b) for b in bits_of_stores)
+        for bits, members in zip(bits_of_stores, self.heads, strict=True):
+            heads = slice(None) if len(members) == len(nbits) else list(members)
             if bits == 16:
                 store: TokenBuffer | PackedTokens = TokenBuffer(like[:, heads])
             else:
