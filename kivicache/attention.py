@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from kivicache.buffer import TokenBuffer
 from kivicache.packed import PackedTokens
 from kivicache.states import KIVIStates
-from kivicache.triton import missing_triton
+from kivicache.triton import missing_triton, on_device, serves
 from kivicache.triton.operands import Pair, Store, Tokens
 
 FUSED_DEVICES = ["cuda"]
@@ -229,7 +229,7 @@ def fused_attention(
         Pair(_store(keys.packed[i][1]), _store(values.packed[j][1]), heads)
         for i, j, heads in _head_pairs(keys.heads, values.heads, query.device)
     ]
-    with torch.cuda.device_of(query):
+    with on_device(query):
         return decode_attention(
             query,
             Tokens(keys.sinks, keys.residual, keys.axis),
@@ -241,6 +241,18 @@ def fused_attention(
             softcap=softcap or 0.0,
             s_aux=s_aux,
         )
+
+
+def store_tokens(keys: TokenBuffer, values: TokenBuffer, key_states: Tensor, value_states: Tensor) -> None:
+    """Append new tokens to both buffers, in one launch where the kernels serve."""
+    if not serves(key_states.device):
+        keys.append(key_states)
+        values.append(value_states)
+        return
+    from kivicache.triton.store import store_tokens  # triton is optional
+
+    with on_device(key_states):
+        store_tokens(keys, values, key_states, value_states)
 
 
 def _store(store: TokenBuffer | PackedTokens) -> Store:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kivicache.attention import MAX_QUERY_LENGTH, PackedStates, layer_reasons
+from kivicache.attention import MAX_QUERY_LENGTH, PackedStates, layer_reasons, store_tokens
 from kivicache.config import LayerConfig
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
@@ -52,28 +52,23 @@ class KIVILayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
-        before = cached_keys.snapshot(), cached_values.snapshot()
-        try:
-            return self._update(cached_keys, cached_values, key_states, value_states)
-        except BaseException:  # out of memory, say, or Ctrl-C: whatever it was, no token is lost
-            self._keys, self._values = before
-            raise
-
-    def _update(
-        self, cached_keys: KIVIStates, cached_values: KIVIStates, key_states: Tensor, value_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        lengths = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
+        packed = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
         if self._attends_packed(key_states, value_states):
-            return (
-                self._update_packed(cached_keys, key_states, lengths[0]),
-                self._update_packed(cached_values, value_states, lengths[1]),
-            )
-        if len(cached_keys) == 0:
-            keys, values = key_states, value_states
+            new_keys, new_values = cached_keys.with_own_residual(), cached_values.with_own_residual()
+            # where something is packed, the sinks are complete
+            store_tokens(new_keys.residual, new_values.residual, key_states, value_states)
+            keys: Tensor = PackedStates(new_keys)
+            values: Tensor = PackedStates(new_values)
+            new_keys, new_values = new_keys.packing(packed[0]), new_values.packing(packed[1])
         else:
-            keys, values = cached_keys.read(tail=key_states), cached_values.read(tail=value_states)
-        cached_keys.append(key_states, lengths[0])
-        cached_values.append(value_states, lengths[1])
+            keys, values = key_states, value_states
+            if len(cached_keys) > 0:
+                keys, values = cached_keys.read(tail=key_states), cached_values.read(tail=value_states)
+            new_keys, new_values = cached_keys.snapshot(), cached_values.snapshot()
+            new_keys.append(key_states, packed[0])
+            new_values.append(value_states, packed[1])
+        # at once and at the end: out of memory before, say, or Ctrl-C, loses no token
+        self._keys, self._values = new_keys, new_values
         return keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -208,14 +203,6 @@ class KIVILayer(DynamicLayer):
             and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         )
-
-    @staticmethod
-    def _update_packed(cached: KIVIStates, states: Tensor, length: int) -> PackedStates:
-        """Join the new tokens to the residual, hand out the states as they then are, and pack what is due."""
-        cached.residual.append(states)  # where something is packed, the sinks are complete
-        seen = PackedStates(cached.snapshot())
-        cached.pack(length)
-        return seen
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[KIVIStates, KIVIStates]:
         """Both stores, once the new states are known to fit them and each other."""

@@ -12,7 +12,7 @@ from kivicache.buffer import TokenBuffer
 from kivicache.packing import unpack, words_per_token
 from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
-from kivicache.triton import serves
+from kivicache.triton import on_device, serves
 
 
 class PackedTokens:
@@ -38,7 +38,7 @@ class PackedTokens:
         self.minimum = TokenBuffer(like, groups_width, METADATA_DTYPE)
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return self.codes.stop - self.codes.start
 
     @property
     def tokens_per_group(self) -> int:
@@ -69,7 +69,7 @@ class PackedTokens:
             return dequantize(unpack(words, self.nbits, self.head_dim), scale, minimum, self.group_size, self.axis)
         from kivicache.triton.unpack import unpack_dequantize  # triton is optional
 
-        with torch.cuda.device_of(words):
+        with on_device(words):
             return unpack_dequantize(words, scale, minimum, self.nbits, self.group_size, self.axis, self.head_dim)
 
     def snapshot(self) -> PackedTokens:
@@ -110,5 +110,5 @@ def _rotated(states: Tensor) -> Tensor:
         return hadamard(states.float())
     from kivicache.triton.rotate import rotate  # triton is optional
 
-    with torch.cuda.device_of(states):
+    with on_device(states):
         return rotate(states.contiguous(), torch.float32)

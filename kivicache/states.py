@@ -49,7 +49,8 @@ class KIVIStates:
         self.tokens_per_group = config.group_size if axis == "channel" else 1
 
     def __len__(self) -> int:
-        return len(self.sinks) + self.packed_length + len(self.residual)
+        sinks, residual = self.sinks, self.residual  # not by their len(): it is asked for at every step
+        return sinks.stop - sinks.start + len(self.packed[0][1]) + residual.stop - residual.start
 
     @property
     def packed_length(self) -> int:
@@ -80,17 +81,26 @@ class KIVIStates:
             missing -= chunk.shape[2]
         self.residual.append(states)
 
-    def pack(self, packed_length: int) -> None:
-        """Pack the oldest exact tokens until ``packed_length`` are packed."""
-        if packed_length > self.packed_length:
-            self.append(self.residual.read(0, 0), packed_length)
+    def packing(self, packed_length: int) -> KIVIStates:
+        """The same tokens, the oldest exact ones packed until ``packed_length`` are: a snapshot where some must be."""
+        if packed_length <= self.packed_length:
+            return self
+        packed = self.snapshot()
+        packed.append(self.residual.read(0, 0), packed_length)
+        return packed
 
     def snapshot(self) -> KIVIStates:
         """The tokens as they are now, without a copy; adding and packing others leaves it as it is."""
+        taken = self.with_own_residual()
+        taken.sinks = self.sinks.snapshot()
+        taken.packed = [(heads, store.snapshot()) for heads, store in self.packed]
+        return taken
+
+    def with_own_residual(self) -> KIVIStates:
+        """A snapshot for a change of the residual alone; the rest is shared."""
         taken = KIVIStates.__new__(KIVIStates)
         taken.__dict__.update(self.__dict__)
-        taken.sinks, taken.residual = self.sinks.snapshot(), self.residual.snapshot()
-        taken.packed = [(heads, store.snapshot()) for heads, store in self.packed]
+        taken.residual = self.residual.snapshot()
         return taken
 
     def read(self, tail: Tensor | None = None) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kivicache.rotation import rotation_block
+from kivicache.triton.launch import Launcher
 from kivicache.triton.rotate import hadamard_rows
 
 BLOCK_S = 16  # splits at a time; few enough for a row of 256 channels, and the same whatever the length
 
 
-@triton.jit(do_not_specialize=["n_splits", "n_exact"])
+@triton.jit(do_not_specialize=["n_splits", "n_exact"], do_not_specialize_on_alignment=["lse_ptr", "aux_ptr"])
 def combine_kernel(
     o_ptr,  # float32 [B * H, splits, ROWS, D]
     lse_ptr,  # float32 [B * H, splits, ROWS], base 2, -inf for a split with no token
@@ -21,8 +24,8 @@ def combine_kernel(
     out_ptr,  # [B * H, ROWS, D]
     n_splits,
     n_exact,  # splits before this one hold values that are not rotated, when ROTATION_BLOCK
-    H,
-    Q,
+    H: tl.constexpr,
+    Q: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     AUX: tl.constexpr,
@@ -63,36 +66,50 @@ def combine_kernel(
 
 
 def combine_splits(
-    o: Tensor, lse: Tensor, query: Tensor, n_exact: int | None = None, s_aux: Tensor | None = None
+    partials: Tensor,
+    query: Tensor,
+    kv_heads: int,
+    width: int,
+    n_splits: int,
+    n_exact: int | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
-    """The merged output.
+    """The merged output ``[batch, query heads, query tokens, width]``, of the query's dtype.
 
     Args:
-        o: float32 ``[batch * heads, splits, rows, value's head_dim]``.
-        lse: float32 ``[batch * heads, splits, rows]``, base 2.
-        query: ``[batch, query heads, query tokens, head_dim]``: the output's shape but for the last, and its dtype.
+        partials: float32, ``[batch * kv_heads, splits, rows, width]`` outputs and behind them their log-sum-exp.
+        query: ``[batch, query heads, query tokens, head_dim]``.
         n_exact: the splits from this one on hold rotated values; None: none do.
         s_aux: ``[query heads]``, see decode.py.
     """
-    heads, n_splits, rows, D = o.shape
-    out = torch.empty((*query.shape[:3], D), dtype=query.dtype, device=query.device)
+    batch, query_heads, query_length, _ = query.shape
+    heads, rows = batch * kv_heads, query_heads // kv_heads * query_length
+    out = torch.empty((batch, query_heads, query_length, width), dtype=query.dtype, device=query.device)
+    s_aux = None if s_aux is None else s_aux.contiguous()
     # a program: a row, or where there are few rows, 32 of its channels; a rotation mixes all channels of a row
-    block_d = triton.next_power_of_2(D) if n_exact is not None or heads * rows >= 256 else 32
-    combine_kernel[(heads, rows, triton.cdiv(D, block_d))](
-        o,
-        lse,
-        o if s_aux is None else s_aux.contiguous(),
-        out,
-        n_splits,
-        n_exact or 0,
-        heads // query.shape[0],
-        query.shape[2],
-        ROWS=rows,
-        D=D,
-        AUX=s_aux is not None,
-        ROTATION_BLOCK=0 if n_exact is None else rotation_block(D),
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=block_d,
-        num_warps=4,
+    whole = n_exact is not None or heads * rows >= 256
+    launcher = _launcher(kv_heads, query_length, rows, width, s_aux is not None, n_exact is not None, whole)
+    launcher(
+        (heads, rows, -(-width // launcher.constants["BLOCK_D"])),
+        (partials, partials[heads * n_splits * rows * width :], partials if s_aux is None else s_aux, out),
+        (n_splits, n_exact or 0),
+        (query.device.index, query.dtype, None if s_aux is None else s_aux.dtype),
     )
     return out
+
+
+@functools.lru_cache
+def _launcher(
+    kv_heads: int, query_length: int, rows: int, width: int, aux: bool, rotated: bool, whole: bool
+) -> Launcher:
+    constants = {
+        "H": kv_heads,
+        "Q": query_length,
+        "ROWS": rows,
+        "D": width,
+        "AUX": aux,
+        "ROTATION_BLOCK": rotation_block(width) if rotated else 0,
+        "BLOCK_S": BLOCK_S,
+        "BLOCK_D": triton.next_power_of_2(width) if whole else 32,
+    }
+    return Launcher(combine_kernel, constants, num_warps=4)

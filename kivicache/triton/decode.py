@@ -72,48 +72,56 @@ def decode_attention(
         sizes, steps = mask.shape, mask.stride()
         mask_strides = tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))
     call = Call(
-        query=query,
-        query_rotated=rotate(query) if rotated else query,
-        keys=keys,
-        values=values,
-        rotated=rotated and pairs[0].values.nbits < 16,
-        mask=mask,
-        mask_kind=mask_kind,
-        mask_strides=mask_strides,
-        scale=(query.shape[3] ** -0.5 if scale is None else scale) * LOG2E,
-        softcap=softcap,
-        lengths=lengths,
-        n_sink=n_sink,
-        n_key=n_key,
-        n_value=n_value,
-        n_total=n_total,
+        query,
+        rotate(query) if rotated else query,
+        keys,
+        values,
+        rotated and pairs[0].values.nbits < 16,
+        mask,
+        mask_kind,
+        mask_strides,
+        (query.shape[3] ** -0.5 if scale is None else scale) * LOG2E,
+        softcap,
+        lengths,
+        n_sink,
+        n_key,
+        n_value,
+        n_total,
     )
     fast_pairs = [_is_fast(call, pair, fast) for pair in pairs]
     n_splits, n_exact = _splits(call, pairs, all(fast_pairs), splits)
-    heads = query.shape[0] * call.kv_heads
-    shape = (heads, n_splits, call.rows)
-    o = torch.empty((*shape, values.head_dim), dtype=torch.float32, device=query.device)
-    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    heads, width = query.shape[0] * call.kv_heads, values.head_dim
+    # partial outputs [heads, splits, rows, width], and behind them their log-sum-exp [heads, splits, rows]
+    partials = torch.empty(heads * n_splits * call.rows * (width + 1), dtype=torch.float32, device=query.device)
     for pair, is_fast in zip(pairs, fast_pairs, strict=True):
         if is_fast:
             from kivicache.triton import decode_nvidia  # Gluon is for NVIDIA alone
 
-            decode_nvidia.launch(call, pair, o, lse, n_exact)
+            decode_nvidia.launch(call, pair, partials, n_splits, n_exact)
         else:
-            decode_portable.launch(call, pair, o, lse, n_exact)
-    return combine_splits(o, lse, query, n_exact if call.rotated else None, s_aux)
+            decode_portable.launch(call, pair, partials, n_splits, n_exact)
+    return combine_splits(partials, query, call.kv_heads, width, n_splits, n_exact if call.rotated else None, s_aux)
 
 
 def _is_fast(call: Call, pair: Pair, fast: bool | None) -> bool:
+    """Whether decode_nvidia.py serves this pair; where it is asked for and does not, a ValueError says why."""
     if fast is False:
         return False
-    nbits, groups = (pair.keys.nbits, pair.values.nbits), (pair.keys.group_size, pair.values.group_size)
-    widths, axes = (call.keys.head_dim, call.values.head_dim), (call.keys.axis, call.values.axis)
-    reasons = format_reasons(call.query.device, call.query.dtype, widths, nbits, groups, axes)
-    if call.scale <= 0:
-        reasons = (*reasons, f"scale {call.scale} is not positive")
-    if not reasons and not _is_aligned(call, pair):
-        reasons = ("a tensor is not aligned to 16 bytes, or not contiguous",)
+    (*buffers, key_nbits, key_group), (*more, value_nbits, value_group) = pair.keys, pair.values
+    reasons = format_reasons(
+        call.query.device,
+        call.query.dtype,
+        (call.keys.head_dim, call.values.head_dim),
+        (key_nbits, value_nbits),
+        (key_group, value_group),
+        (call.keys.axis, call.values.axis),
+    )
+    if not reasons:
+        full = (call.keys.sinks, call.values.sinks, call.keys.newest, call.values.newest)
+        if call.scale <= 0:
+            reasons = (f"scale {call.scale} is not positive",)
+        elif call.query.data_ptr() % 16 or not all(buffer.aligned for buffer in (*buffers, *more, *full)):
+            reasons = ("a tensor is not contiguous and aligned to 16 bytes",)
     if fast and reasons:
         raise ValueError("decode_nvidia cannot serve this: " + "; ".join(reasons))
     return not reasons
@@ -142,22 +150,6 @@ def format_reasons(
         if n not in (2, 4, 8) or head_dims[0] * n // 16 < 16:
             reasons.append(f"{n} bits at head_dim {head_dims[0]} are not 16 words of packed codes or more")
     return tuple(reasons)
-
-
-def _is_aligned(call: Call, pair: Pair) -> bool:
-    """Whether all rows start on the 16 bytes that cp.async copies: our own buffers' do."""
-    bits = call.query.data_ptr()
-    buffers = (*pair.keys[:3], *pair.values[:3], *call.keys[:2], *call.values[:2])
-    for buffer in buffers:
-        data = buffer.data
-        if not data.numel():
-            continue
-        by_batch, by_head, by_token, by_channel = data.stride()
-        size = data.element_size()
-        bits |= data.data_ptr() | by_batch * size | by_head * size | (buffer.start * by_token * size)
-        if by_channel != 1 or by_token != data.shape[3]:
-            return False
-    return bits % 16 == 0
 
 
 def _splits(call: Call, pairs: Sequence[Pair], fast: bool, splits: int | None) -> tuple[int, int]:

@@ -6,12 +6,15 @@ One warp a program: no barrier ever waits for another warp. The packed bytes of 
 
 from __future__ import annotations
 
+import functools
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kivicache.triton import tuning
+from kivicache.triton.launch import Launcher
 from kivicache.triton.operands import Call, Pair
 from kivicache.triton.tile_nvidia import (
     async_copy,
@@ -42,7 +45,7 @@ from kivicache.triton.tile_nvidia import (
 
 @gluon.jit(
     do_not_specialize=["n_sink", "n_key", "n_value", "n_total", "n_exact", "mask_b", "mask_h", "mask_q", "mask_t"],
-    do_not_specialize_on_alignment=["mask_ptr"],
+    do_not_specialize_on_alignment=["mask_ptr", "len_ptr", "head_ptr", "lse_ptr"],
 )
 def decode_kernel(
     q_ptr,  # float16 or bfloat16 [B, HEADS, ROWS, D]: a key head's query heads, each with its Q tokens, are its rows
@@ -398,62 +401,87 @@ def decode_kernel(
         )
 
 
-def launch(call: Call, pair: Pair, o: Tensor, lse: Tensor, n_exact: int) -> None:
-    """Write the partial outputs of the heads of ``pair``: see the kernel for ``o``, ``lse`` and ``n_exact``."""
-    query, rows = call.query, call.rows
-    D, nbits = call.keys.head_dim, (pair.keys.nbits, pair.values.nbits)
+def launch(call: Call, pair: Pair, partials: Tensor, n_splits: int, n_exact: int) -> None:
+    """Write the partial outputs of the heads of ``pair``: ``partials`` holds o and behind it lse, see the kernel."""
+    query, rows, mask = call.query, call.rows, call.mask
+    batch, _, query_length, head_dim = query.shape
     heads = call.kv_heads if pair.heads is None else pair.heads.shape[1]
-    N = max(8, triton.next_power_of_2(min(rows, tuning.MAX_ROWS)))
-    buffers = (
-        *(pair.keys.words, pair.values.words, pair.keys.scale, pair.keys.minimum),
-        *(pair.values.scale, pair.values.minimum, call.keys.sinks, call.values.sinks),
-        *(call.keys.newest, call.values.newest),
+    launcher = _launcher(
+        heads,
+        call.kv_heads,
+        rows,
+        query_length,
+        head_dim,
+        pair.keys.group_size,
+        (pair.keys.nbits, pair.values.nbits),
+        call.mask_kind,
+        call.softcap > 0,
+        call.lengths is not None,
+        pair.heads is not None,
+        call.rotated,
     )
-    kw, vw, km, _, vm, _, kst, vst, kr, vr = (buffer.data.stride() for buffer in buffers)
     # a program: a share of the tokens of one key head, up to 16 rows of queries
-    decode_kernel[(o.shape[1], query.shape[0] * heads, triton.cdiv(rows, N))](
-        query,
-        call.query_rotated,
-        *(buffer.read() for buffer in buffers),
-        query if call.mask is None else call.mask,
-        query if call.lengths is None else call.lengths,
-        query if pair.heads is None else pair.heads,
-        o,
-        lse,
-        call.n_sink,
-        call.n_key,
-        call.n_value,
-        call.n_total,
-        n_exact,
-        call.scale,
-        call.softcap,
-        *kw[:2],
-        *vw[:2],
-        *km[:2],
-        *vm[:2],
-        *kst[:2],
-        *vst[:2],
-        *kr[:2],
-        *vr[:2],
-        *call.mask_strides,
-        H=heads,
-        HEADS=call.kv_heads,
-        ROWS=rows,
-        Q=query.shape[2],
-        N=N,
-        D=D,
-        G=pair.keys.group_size,
-        BK=nbits[0],
-        BV=nbits[1],
-        WK=D * nbits[0] // 16,
-        WV=D * nbits[1] // 16,
-        BT=tuning.BLOCK_T,
-        STAGES=tuning.STAGES,
-        MASK=call.mask_kind,
-        SOFTCAP=call.softcap > 0,
-        DEVLEN=call.lengths is not None,
-        MIXED=pair.heads is not None,
-        ROTATED=call.rotated,
-        num_warps=1,
-        maxnreg=tuning.max_registers(N, D),
+    launcher(
+        (n_splits, batch * heads, -(-rows // launcher.constants["N"])),
+        (
+            query,
+            call.query_rotated,
+            *call.buffers(pair),
+            query if mask is None else mask,
+            query if call.lengths is None else call.lengths,
+            query if pair.heads is None else pair.heads,
+            partials,
+            partials[batch * call.kv_heads * n_splits * rows * head_dim :],
+        ),
+        (
+            call.n_sink,
+            call.n_key,
+            call.n_value,
+            call.n_total,
+            n_exact,
+            call.scale,
+            call.softcap,
+            *call.strides(pair),
+            *call.mask_strides,
+        ),
+        (query.device.index, query.dtype, None if mask is None else mask.dtype),
     )
+
+
+@functools.lru_cache
+def _launcher(
+    heads: int,
+    kv_heads: int,
+    rows: int,
+    query_length: int,
+    head_dim: int,
+    group_size: int,
+    nbits: tuple[int, int],
+    mask_kind: int,
+    softcap: bool,
+    lengths_on_device: bool,
+    mixed: bool,
+    rotated: bool,
+) -> Launcher:
+    block = max(8, triton.next_power_of_2(min(rows, tuning.MAX_ROWS)))
+    constants = {
+        "H": heads,
+        "HEADS": kv_heads,
+        "ROWS": rows,
+        "Q": query_length,
+        "N": block,
+        "D": head_dim,
+        "G": group_size,
+        "BK": nbits[0],
+        "BV": nbits[1],
+        "WK": head_dim * nbits[0] // 16,
+        "WV": head_dim * nbits[1] // 16,
+        "BT": tuning.BLOCK_T,
+        "STAGES": tuning.STAGES,
+        "MASK": mask_kind,
+        "SOFTCAP": softcap,
+        "DEVLEN": lengths_on_device,
+        "MIXED": mixed,
+        "ROTATED": rotated,
+    }
+    return Launcher(decode_kernel, constants, num_warps=1, maxnreg=tuning.max_registers(block, head_dim))

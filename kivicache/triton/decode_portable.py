@@ -9,11 +9,15 @@ of tiles: sinks; newest, in full precision in both; packed in one of both; packe
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kivicache.buffer import TokenBuffer
+from kivicache.triton.launch import Launcher
 from kivicache.triton.operands import Call, Pair
 from kivicache.triton.tile import dequantize_field, field_channels, load_full, load_table, load_words, to_dot
 from kivicache.triton.tuning import portable_block, portable_warps
@@ -203,8 +207,20 @@ def _softmax_step(s, m, l):
 
 
 @triton.jit(
-    do_not_specialize=["n_sink", "n_key", "n_value", "n_total", "n_exact", "stride_mb", "stride_mh", "stride_mq"],
-    do_not_specialize_on_alignment=["mask_ptr"],
+    do_not_specialize=[
+        "n_sink",
+        "n_key",
+        "n_value",
+        "n_total",
+        "n_exact",
+        "H",
+        "HEADS",
+        "stride_mb",
+        "stride_mh",
+        "stride_mq",
+        "stride_mt",
+    ],
+    do_not_specialize_on_alignment=["mask_ptr", "len_ptr", "head_ptr", "lse_ptr"],
 )
 def decode_kernel(
     q_ptr,  # [B, HEADS, ROWS, DK]: the query heads of a key head, each with its Q query tokens, are its rows
@@ -417,37 +433,39 @@ def decode_kernel(
         )
 
 
-def launch(call: Call, pair: Pair, o: Tensor, lse: Tensor, n_exact: int) -> None:
-    """Write the partial outputs of the heads of ``pair``: see the kernel for ``o``, ``lse`` and ``n_exact``."""
+def launch(call: Call, pair: Pair, partials: Tensor, n_splits: int, n_exact: int) -> None:
+    """Write the partial outputs of the heads of ``pair``: ``partials`` holds o and behind it lse, see the kernel."""
     query, rows = call.query, call.rows
     dk, dv = call.keys.head_dim, call.values.head_dim
     heads = call.kv_heads if pair.heads is None else pair.heads.shape[1]
-    k_words, v_words = pair.keys.words.data.shape[3], pair.values.words.data.shape[3]
-    axes = call.keys.axis, call.values.axis
-    block_n = max(16, triton.next_power_of_2(min(rows, 64)))
-    buffers = (
-        pair.keys.words,
-        pair.values.words,
-        pair.keys.scale,
-        pair.keys.minimum,
-        pair.values.scale,
-        pair.values.minimum,
-        call.keys.sinks,
-        call.values.sinks,
-        call.keys.newest,
-        call.values.newest,
+    launcher = _launcher(
+        rows,
+        query.shape[2],
+        (dk, dv),
+        (pair.keys.group_size, pair.values.group_size),
+        (pair.keys.nbits, pair.values.nbits),
+        (call.keys.axis, call.values.axis),
+        call.mask_kind,
+        call.softcap > 0,
+        call.lengths is not None,
+        pair.heads is not None,
+        call.rotated,
+        query.dtype,
+        query.device,
     )
-    k_words_of, v_words_of, k_scale, _, v_scale, _, *full = (buffer.data.stride()[:2] for buffer in buffers)
-    # a program: a share of the tokens of one key head, up to 64 rows of queries
-    decode_kernel[(o.shape[1], query.shape[0] * heads, triton.cdiv(rows, block_n))](
+    o, lse = partials.split([partials.numel() // (dv + 1) * dv, partials.numel() // (dv + 1)])
+    buffers = call.buffers(pair)
+    pointers = (
         query,
         call.query_rotated if pair.keys.nbits < 16 else query,
-        *(buffer.read() for buffer in buffers),
+        *buffers,
         query if call.mask is None else call.mask,
         query if call.lengths is None else call.lengths,
         query if pair.heads is None else pair.heads,
         o,
         lse,
+    )
+    numbers = (
         call.n_sink,
         call.n_key,
         call.n_value,
@@ -457,33 +475,58 @@ def launch(call: Call, pair: Pair, o: Tensor, lse: Tensor, n_exact: int) -> None
         call.softcap,
         heads,
         call.kv_heads,
-        *k_words_of,
-        *v_words_of,
-        *k_scale,
-        *v_scale,
-        *(stride for strides in full for stride in strides),
+        *call.strides(pair),
         *call.mask_strides,
-        ROWS=rows,
-        Q=query.shape[2],
-        DK=dk,
-        DV=dv,
-        G_K=pair.keys.group_size,
-        G_V=pair.values.group_size,
-        K_NBITS=pair.keys.nbits,
-        V_NBITS=pair.values.nbits,
-        K_CHANNEL=axes[0] == "channel",
-        V_CHANNEL=axes[1] == "channel",
-        MASK=call.mask_kind,
-        SOFTCAP=call.softcap > 0,
-        LENGTHS_ON_DEVICE=call.lengths is not None,
-        MIXED=pair.heads is not None,
-        ROTATED=call.rotated,
-        BLOCK_N=block_n,
-        BLOCK_T=portable_block((pair.keys.group_size, pair.values.group_size), axes),
-        BLOCK_DK=max(16, triton.next_power_of_2(dk)),
-        BLOCK_KW=max(16, triton.next_power_of_2(k_words)),
-        BLOCK_VW=max(16, triton.next_power_of_2(v_words)),
-        DOT_TYPE=tl.float32 if query.dtype == torch.float32 else tl.float16,
-        PTX=query.device.type == "cuda" and torch.version.hip is None and query.dtype != torch.float32,
-        num_warps=portable_warps(query.device),
     )
+    # a program: a share of the tokens of one key head, up to 64 rows of queries
+    grid = n_splits, query.shape[0] * heads, triton.cdiv(rows, launcher.constants["BLOCK_N"])
+    if query.data_ptr() % 16 == 0 and all(buffer.aligned for buffer in buffers):
+        kind = query.device.index, query.dtype, None if call.mask is None else call.mask.dtype
+        launcher(grid, pointers, numbers, kind)
+    else:  # a launcher's kernel takes the alignment for granted
+        tensors = (x.read() if isinstance(x, TokenBuffer) else x for x in pointers)
+        decode_kernel[grid](*tensors, *numbers, **launcher.constants, **launcher.options)
+
+
+@functools.lru_cache
+def _launcher(
+    rows: int,
+    query_length: int,
+    head_dims: tuple[int, int],
+    group_sizes: tuple[int, int],
+    nbits: tuple[int, int],
+    axes: tuple[str, str],
+    mask_kind: int,
+    softcap: bool,
+    lengths_on_device: bool,
+    mixed: bool,
+    rotated: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launcher:
+    words = [-(-width * bits // 16) for width, bits in zip(head_dims, nbits, strict=True)]
+    constants = {
+        "ROWS": rows,
+        "Q": query_length,
+        "DK": head_dims[0],
+        "DV": head_dims[1],
+        "G_K": group_sizes[0],
+        "G_V": group_sizes[1],
+        "K_NBITS": nbits[0],
+        "V_NBITS": nbits[1],
+        "K_CHANNEL": axes[0] == "channel",
+        "V_CHANNEL": axes[1] == "channel",
+        "MASK": mask_kind,
+        "SOFTCAP": softcap,
+        "LENGTHS_ON_DEVICE": lengths_on_device,
+        "MIXED": mixed,
+        "ROTATED": rotated,
+        "BLOCK_N": max(16, triton.next_power_of_2(min(rows, 64))),
+        "BLOCK_T": portable_block(group_sizes, axes),
+        "BLOCK_DK": max(16, triton.next_power_of_2(head_dims[0])),
+        "BLOCK_KW": max(16, triton.next_power_of_2(words[0])),
+        "BLOCK_VW": max(16, triton.next_power_of_2(words[1])),
+        "DOT_TYPE": tl.float32 if dtype == torch.float32 else tl.float16,
+        "PTX": device.type == "cuda" and torch.version.hip is None and dtype != torch.float32,
+    }
+    return Launcher(decode_kernel, constants, num_warps=portable_warps(device))

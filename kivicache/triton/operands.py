@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,8 +46,7 @@ class Pair(NamedTuple):
     heads: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the kernels are launched with."""
 
     query: Tensor  # [batch, query heads, query tokens, head_dim], contiguous
@@ -75,3 +73,14 @@ class Call:
     def rows(self) -> int:
         """Query rows of one kv head."""
         return int(self.query.shape[1] // self.kv_heads * self.query.shape[2])
+
+    def buffers(self, pair: Pair) -> tuple[TokenBuffer, ...]:
+        """The tensors of ``pair`` and of the layer, in the kernels' order."""
+        (k_words, k_scale, k_minimum, *_), (v_words, v_scale, v_minimum, *_) = pair.keys, pair.values
+        full = self.keys.sinks, self.values.sinks, self.keys.newest, self.values.newest
+        return k_words, v_words, k_scale, k_minimum, v_scale, v_minimum, *full
+
+    def strides(self, pair: Pair) -> tuple[int, ...]:
+        """Of the batch and of the head, in the order of ``buffers``, once where scale and minimum share them."""
+        k_words, v_words, k_scale, _, v_scale, _, *full = (buffer.strides for buffer in self.buffers(pair))
+        return (*k_words, *v_words, *k_scale, *v_scale, *(stride for strides in full for stride in strides))
