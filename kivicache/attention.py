@@ -52,11 +52,43 @@ class PackedStates(Tensor):
     def dense(self) -> Tensor:
         """The tensor itself, dequantized."""
         if self._dense is None:
-            states = self.kivi_states.read()
+            states = self._read()
             batch, kv_heads, tokens, head_dim = states.shape
             repeats = self.numel() // states.numel()
             self._dense = states[_NEW_AXIS].expand(batch, kv_heads, repeats, tokens, head_dim).reshape(self.shape)
         return self._dense
+
+    def _read(self) -> Tensor:
+        return self.kivi_states.read()
+
+    def with_shape(self, shape: Sequence[int]) -> PackedStates:
+        """The same states with their heads repeated."""
+        return PackedStates(self.kivi_states, shape)
+
+    def fused(
+        self,
+        query: Tensor,
+        values: PackedStates,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """[`fused_attention`] over these keys."""
+        keys, packed_keys = _stores(self)
+        values_states, packed_values = _stores(values)
+        return fused_decode(
+            query,
+            tuple(buffer.read() for buffer in packed_keys.buffers),
+            tuple(buffer.read() for buffer in packed_values.buffers),
+            (keys.sinks.read(), values_states.sinks.read()),
+            (keys.residual.read(), values_states.residual.read()),
+            nbits=(packed_keys.nbits, packed_values.nbits),
+            group_size=packed_keys.group_size,
+            axes=(packed_keys.axis, packed_values.axis),
+            mask=attention_mask,
+            scale=scaling,
+            softcap=softcap or 0.0,
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -99,7 +131,7 @@ def _repeated(func: Callable[..., Any], args: Any) -> PackedStates | None:
             return None
         if func is Tensor.reshape and shape != (batch, kv_heads * repeats, tokens, head_dim):
             return None
-    return PackedStates(states.kivi_states, shape)
+    return states.with_shape(shape)  # type: ignore[no-any-return]
 
 
 def _as_dense(x: Any) -> Any:
@@ -215,24 +247,16 @@ def fused_attention(
     Returns:
         ``[batch, heads, query_length, head_dim]``, of the query's dtype.
     """
+    assert isinstance(key, PackedStates) and isinstance(value, PackedStates)
+    return key.fused(query, value, attention_mask, scaling, softcap)
+
+
+def fused_decode(query: Tensor, *tensors: tuple[Tensor, ...], **settings: Any) -> Tensor:
+    """The kernels' entry, see [`kivicache.triton.decode.decode_attention`], on the device of ``query``."""
     from kivicache.triton.decode import decode_attention  # triton is optional
 
-    keys, packed_keys = _stores(key)
-    values, packed_values = _stores(value)
     with torch.cuda.device_of(query):
-        return decode_attention(
-            query,
-            tuple(buffer.read() for buffer in packed_keys.buffers),
-            tuple(buffer.read() for buffer in packed_values.buffers),
-            (keys.sinks.read(), values.sinks.read()),
-            (keys.residual.read(), values.residual.read()),
-            nbits=(packed_keys.nbits, packed_values.nbits),
-            group_size=packed_keys.group_size,
-            axes=(packed_keys.axis, packed_values.axis),
-            mask=attention_mask,
-            scale=scaling,
-            softcap=softcap or 0.0,
-        )
+        return decode_attention(query, *tensors, **settings)
 
 
 def _stores(states: Tensor) -> tuple[KIVIStates, PackedTokens]:

@@ -1,0 +1,160 @@
+"""The compiled seam: [`FixedPackedStates`], and the two operations that a graph holds, a step's update and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kivicache.attention import PackedStates, fused_decode
+from kivicache.fixed_states import FixedFormat, FixedStates, append
+
+_TENSORS = ("sinks", "codes", "scale", "minimum", "residual", "lengths")
+
+
+class FixedPackedStates(PackedStates):
+    """[`PackedStates`] of fixed buffers: ``[batch, kv_heads, max_cache_len, head_dim]``, which dynamo can trace."""
+
+    sinks: Tensor
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor
+    residual: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def __new__(cls, tensors: Sequence[Tensor], form: FixedFormat, shape: Sequence[int]) -> FixedPackedStates:
+        like = tensors[_TENSORS.index("residual")]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+    def __init__(self, tensors: Sequence[Tensor], form: FixedFormat, shape: Sequence[int]):
+        for name, tensor in zip(_TENSORS, tensors, strict=True):
+            setattr(self, name, tensor)
+        self.form = form
+        self._dense = None
+
+    @staticmethod
+    def of(states: FixedStates, lengths: Tensor) -> FixedPackedStates:
+        return _wrap(*states.tensors, lengths, states.signature)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(_TENSORS), (self.form, tuple(self.shape))
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner_tensors: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> FixedPackedStates:
+        form, _ = context
+        return FixedPackedStates([inner_tensors[name] for name in _TENSORS], form, outer_size)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All but the lengths."""
+        return [getattr(self, name) for name in _TENSORS[:-1]]
+
+    def _read(self) -> Tensor:
+        return FixedStates.view(self.tensors, self.form).dense(self.lengths)
+
+    def with_shape(self, shape: Sequence[int]) -> FixedPackedStates:
+        return FixedPackedStates([*self.tensors, self.lengths], self.form, shape)
+
+    def fused(
+        self,
+        query: Tensor,
+        values: PackedStates,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        assert isinstance(values, FixedPackedStates)
+        arguments = (
+            query,
+            self.tensors,
+            values.tensors,
+            self.lengths,
+            attention_mask,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap or 0.0,
+            [self.form.nbits, values.form.nbits],
+            self.form.group_size,
+            self.form.axis,
+            values.form.axis,
+        )
+        if torch.compiler.is_compiling():
+            return torch.ops.kivicache.attend(*arguments)
+        return _attend(*arguments)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # "sdpa" in a graph is dense: it repeats the heads while tracing
+            return func(*args, **(kwargs or {}))
+
+
+@torch._dynamo.allow_in_graph
+def _wrap(
+    sinks: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor, residual: Tensor, lengths: Tensor, signature: Any
+) -> FixedPackedStates:
+    form = FixedFormat(*signature)
+    shape = (*residual.shape[:2], form.max_cache_len, form.head_dim)
+    return FixedPackedStates((sinks, codes, scale, minimum, residual, lengths), form, shape)
+
+
+def _attend(
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    nbits: list[int],
+    group_size: int,
+    axis_key: str,
+    axis_value: str,
+) -> Tensor:
+    return fused_decode(
+        query,
+        tuple(keys[1:4]),
+        tuple(values[1:4]),
+        (keys[0], values[0]),
+        (keys[4], values[4]),
+        nbits=tuple(nbits),
+        group_size=group_size,
+        axes=(axis_key, axis_value),
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        lengths=lengths,
+    )
+
+
+_attend_op = torch.library.custom_op(
+    "kivicache::attend",
+    _attend,
+    mutates_args=(),
+    schema="(Tensor query, Tensor[] keys, Tensor[] values, Tensor lengths, Tensor? mask, float scale, float softcap, "
+    "int[] nbits, int group_size, str axis_key, str axis_value) -> Tensor",
+)
+
+
+@_attend_op.register_fake
+def _(query: Tensor, *arguments: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def append_step(
+    keys: FixedStates,
+    values: FixedStates,
+    lengths: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    kernels: bool,
+) -> None:
+    """[`kivicache.fixed_states.append`], by one kernel where ``kernels`` says that they serve."""
+    append(keys, values, lengths, key_states, value_states)
