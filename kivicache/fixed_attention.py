@@ -148,6 +148,55 @@ def _(query: Tensor, *arguments: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
+def _append(
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    nbits: list[int],
+    group_size: int,
+    axis_key: str,
+    axis_value: str,
+    sink_length: int,
+    residual_length: int,
+    block_length: int,
+    max_cache_len: int,
+) -> None:
+    from kivicache.triton.append import append as append_kernel  # triton is optional
+
+    with torch.cuda.device_of(lengths):
+        append_kernel(
+            tuple(keys),
+            tuple(values),
+            lengths,
+            key_states,
+            value_states,
+            nbits=tuple(nbits),
+            group_size=group_size,
+            axes=(axis_key, axis_value),
+            sink_length=sink_length,
+            residual_length=residual_length,
+            block_length=block_length,
+            max_cache_len=max_cache_len,
+        )
+
+
+_append_op = torch.library.custom_op(
+    "kivicache::append",
+    _append,
+    mutates_args=("keys", "values", "lengths"),
+    schema="(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) lengths, Tensor key_states, Tensor value_states, "
+    "int[] nbits, int group_size, str axis_key, str axis_value, int sink_length, int residual_length, "
+    "int block_length, int max_cache_len) -> ()",
+)
+
+
+@_append_op.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
 def append_step(
     keys: FixedStates,
     values: FixedStates,
@@ -157,4 +206,25 @@ def append_step(
     kernels: bool,
 ) -> None:
     """[`kivicache.fixed_states.append`], by one kernel where ``kernels`` says that they serve."""
-    append(keys, values, lengths, key_states, value_states)
+    if not kernels:
+        return append(keys, values, lengths, key_states, value_states)
+    form = keys.format
+    arguments = (
+        list(keys.tensors),
+        list(values.tensors),
+        lengths,
+        key_states,
+        value_states,
+        [form.nbits, values.format.nbits],
+        form.group_size,
+        form.axis,
+        values.format.axis,
+        form.sink_length,
+        form.residual_length,
+        form.block_length,
+        form.max_cache_len,
+    )
+    if torch.compiler.is_compiling():
+        torch.ops.kivicache.append(*arguments)
+    else:
+        _append(*arguments)

@@ -26,6 +26,7 @@ ORDER = [  # a module imports only from those above it
     "triton.decode_nvidia",
     "triton.decode",
     "triton.pack",
+    "triton.append",
     "triton.unpack",
     "backends.base",
     "backends.native",
