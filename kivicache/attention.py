@@ -131,7 +131,7 @@ def _repeated(func: Callable[..., Any], args: Any) -> PackedStates | None:
             return None
         if func is Tensor.reshape and shape != (batch, kv_heads * repeats, tokens, head_dim):
             return None
-    return states.with_shape(shape)  # type: ignore[no-any-return]
+    return states.with_shape(shape)
 
 
 def _as_dense(x: Any) -> Any:

@@ -34,8 +34,8 @@ class KIVICache(DynamicCache):
         config: the model's own config. With it, full-attention layers are packed and every other layer (sliding
             window, linear attention, KV-shared, ...) is what ``DynamicCache(config=config)`` makes it. Without it,
             every layer is packed, which plain decoders can do with.
-        max_cache_len: room for so many tokens, allocated at the first update. ``generate`` then compiles the decode step
-            by itself, as with ``StaticCache``. Needs ``config``; a layer of 16 bits is a ``StaticLayer``.
+        max_cache_len: room for so many tokens, allocated at the first update. ``generate`` then compiles the decode
+            step by itself, as with ``StaticCache``. Needs ``config``; a layer of 16 bits is a ``StaticLayer``.
         offloading, offload_only_non_sliding: as for ``DynamicCache``.
 
     Raises:
@@ -171,9 +171,8 @@ class KIVICache(DynamicCache):
         if not self.layers:
             return f"{type(self).__name__}({self.kivi_config.layer(0)}, empty)"
         memory = self.memory()
-        tokens = max(
-            (int(layer.get_seq_length()) for layer in self.layers if isinstance(layer, DynamicLayer)), default=0
-        )
+        lengths = (layer.get_seq_length() for layer in self.layers if isinstance(layer, DynamicLayer))
+        tokens = max(map(int, lengths), default=0)
         size = f"{format_bytes(memory.total)}, {memory.bits_per_value:.2f} bits per value"
         return f"{type(self).__name__}({self._kinds()}; {tokens} tokens, {size})"
 

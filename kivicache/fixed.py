@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kivicache.attention import layer_reasons
+from kivicache.buffer import TokenBuffer
 from kivicache.config import LayerConfig
 from kivicache.fixed_attention import FixedPackedStates, append_step
 from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates
@@ -45,7 +46,7 @@ class FixedKIVILayer(KIVILayer):
         self._forget()
 
     def _forget(self) -> None:
-        self._empty = True
+        self._is_empty = True
         self._most = 0  # at least as many tokens as are cached
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ class FixedKIVILayer(KIVILayer):
             return self._update_outside(key_states, value_states)
         if not torch.compiler.is_compiling():
             self._expect(key_states.shape[2])
-        first, self._empty = self._empty, False
+        first, self._is_empty = self._is_empty, False
         assert self._stores is not None
         keys, values = self._stores
         append_step(keys, values, self._lengths, key_states.detach(), value_states.detach(), self._kernels)
@@ -75,12 +76,14 @@ class FixedKIVILayer(KIVILayer):
         check_pair(key_states, value_states)
         return self._fits(key_states, value_states)
 
-    @torch.compiler.disable(reason="a prompt on KIVICache(max_cache_len=...) is cached outside of the compiled graph")
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="a prompt on KIVICache(max_cache_len=...) is cached outside of the compiled graph"
+    )
     def _update_outside(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         check_pair(key_states, value_states)
         new = key_states.shape[2]
-        self._check_room(0 if self._empty else new, new)
-        if not self.is_initialized or (self._empty and not self._fits(key_states, value_states)):
+        self._check_room(0 if self._is_empty else new, new)
+        if not self.is_initialized or (self._is_empty and not self._fits(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         with self._on_host() as (keys, values):
             self._check_room(len(keys) + new, new)
@@ -131,7 +134,7 @@ class FixedKIVILayer(KIVILayer):
 
     def get_seq_length(self) -> Any:
         """How many tokens are cached: 0, or a tensor on the device, as of ``StaticLayer``, so that nobody waits."""
-        return 0 if self._empty else self._lengths[TOTAL].long()
+        return 0 if self._is_empty else self._lengths[TOTAL].long()
 
     def get_max_length(self) -> int:
         return self.max_cache_len
@@ -144,7 +147,7 @@ class FixedKIVILayer(KIVILayer):
         Raises:
             ValueError: where ``query_length`` more tokens do not fit.
         """
-        if self._empty:
+        if self._is_empty:
             self._check_room(query_length, query_length)
             return query_length, 0
         if not torch.compiler.is_compiling():
@@ -186,7 +189,7 @@ class FixedKIVILayer(KIVILayer):
             self.batch_size = self._stores[0].residual.shape[0]
 
     def _read(self, side: int) -> Tensor | None:
-        if self._empty:
+        if self._is_empty:
             return None
         with self._on_host() as states:
             return states[side].read()
@@ -205,11 +208,11 @@ class FixedKIVILayer(KIVILayer):
         between leaves the layer as it was.
         """
         assert self._stores is not None
-        lengths = [0] * 6 if self._empty else self._lengths.tolist()
+        lengths = [0] * 6 if self._is_empty else self._lengths.tolist()
         if lengths[REFUSED]:
             raise ValueError(
-                f"max_cache_len: got {self.max_cache_len}, and {lengths[REFUSED]} compiled steps on a full cache, whose "
-                "tokens are not cached; allowed: as many tokens as fit"
+                f"max_cache_len: got {self.max_cache_len}, and {lengths[REFUSED]} compiled steps on a full cache, "
+                "whose tokens are not cached; allowed: as many tokens as fit"
             )
         states = [
             self._host_states(store, lengths[SINKS], lengths[store.format.length], lengths[TOTAL])
@@ -233,7 +236,7 @@ class FixedKIVILayer(KIVILayer):
         total = len(keys)
         lengths = [len(keys.sinks), keys.packed_length, values.packed_length, total, 0, 0]
         self._lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        self._empty, self._most = total == 0, total
+        self._is_empty, self._most = total == 0, total
 
     def _host_states(self, store: FixedStates, sinks: int, packed: int, total: int) -> KIVIStates:
         form = store.format
@@ -241,12 +244,9 @@ class FixedKIVILayer(KIVILayer):
         states.sinks.data, states.sinks.stop = store.sinks, sinks
         states.residual.append(store.residual[:, :, : total - sinks - packed])
         ((_, tokens),) = states.packed
-        if form.nbits == 16:
-            buffers = [(tokens, store.codes, packed)]
-        else:
-            groups = packed // form.tokens_per_group
-            buffers = zip(tokens.buffers, (store.codes, store.scale, store.minimum), (packed, groups, groups))
-        for buffer, data, stop in buffers:
+        groups = packed // form.tokens_per_group
+        buffers = (tokens,) if isinstance(tokens, TokenBuffer) else tokens.buffers
+        for buffer, data, stop in zip(buffers, store.tensors[1:4], (packed, groups, groups), strict=False):
             buffer.data, buffer.stop = data, stop
         return states
 
@@ -277,8 +277,8 @@ class FixedKIVILayer(KIVILayer):
     def _check_room(self, total: int, new: int) -> None:
         if total > self.max_cache_len:
             raise ValueError(
-                f"max_cache_len: got {self.max_cache_len}, and {new} new tokens after {total - new} cached ones; allowed: "
-                f"at least {total}, the tokens of the prompt and the new ones"
+                f"max_cache_len: got {self.max_cache_len}, and {new} new tokens after {total - new} cached ones; "
+                "allowed: at least the tokens of the prompt and all new ones"
             )
 
 
@@ -297,7 +297,7 @@ def _checked_capacity(config: LayerConfig, max_cache_len: Any) -> int:
 def _hint_attention(name: str) -> None:
     if name != "kivi":
         logger.warning(
-            'A compiled decode step reads packed bytes with the attention "kivi" only; with %r each layer is dequantized '
-            'first. For speed: model.set_attn_implementation("kivi")',
+            'A compiled decode step reads packed bytes with the attention "kivi" only; with %r each layer is '
+            'dequantized first. For speed: model.set_attn_implementation("kivi")',
             name,
         )

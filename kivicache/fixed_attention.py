@@ -1,4 +1,4 @@
-"""The compiled seam: [`FixedPackedStates`], and the two operations that a graph holds, a step's update and attention."""
+"""The compiled seam: [`FixedPackedStates`], and what a graph holds of a step: its update and its attention."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from torch import Tensor
 from kivicache.attention import PackedStates, fused_decode
 from kivicache.fixed_states import FixedFormat, FixedStates, append
 
-_TENSORS = ("sinks", "codes", "scale", "minimum", "residual", "lengths")
+_TENSORS = ("kivi_sinks", "kivi_codes", "kivi_scale", "kivi_minimum", "kivi_residual", "kivi_lengths")
 
 
 class FixedPackedStates(PackedStates):
     """[`PackedStates`] of fixed buffers: ``[batch, kv_heads, max_cache_len, head_dim]``, which dynamo can trace."""
 
-    sinks: Tensor
-    codes: Tensor
-    scale: Tensor
-    minimum: Tensor
-    residual: Tensor
-    lengths: Tensor
+    kivi_lengths: Tensor
+    form: FixedFormat
 
     @staticmethod
     def __new__(cls, tensors: Sequence[Tensor], form: FixedFormat, shape: Sequence[int]) -> FixedPackedStates:
-        like = tensors[_TENSORS.index("residual")]
+        like = tensors[_TENSORS.index("kivi_residual")]
         return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
     def __init__(self, tensors: Sequence[Tensor], form: FixedFormat, shape: Sequence[int]):
@@ -55,10 +51,10 @@ class FixedPackedStates(PackedStates):
         return [getattr(self, name) for name in _TENSORS[:-1]]
 
     def _read(self) -> Tensor:
-        return FixedStates.view(self.tensors, self.form).dense(self.lengths)
+        return FixedStates.view(self.tensors, self.form).dense(self.kivi_lengths)
 
     def with_shape(self, shape: Sequence[int]) -> FixedPackedStates:
-        return FixedPackedStates([*self.tensors, self.lengths], self.form, shape)
+        return FixedPackedStates([*self.tensors, self.kivi_lengths], self.form, shape)
 
     def fused(
         self,
@@ -73,7 +69,7 @@ class FixedPackedStates(PackedStates):
             query,
             self.tensors,
             values.tensors,
-            self.lengths,
+            self.kivi_lengths,
             attention_mask,
             query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap or 0.0,
@@ -96,7 +92,7 @@ class FixedPackedStates(PackedStates):
             return func(*args, **(kwargs or {}))
 
 
-@torch._dynamo.allow_in_graph
+@torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]
 def _wrap(
     sinks: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor, residual: Tensor, lengths: Tensor, signature: Any
 ) -> FixedPackedStates:

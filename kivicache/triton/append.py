@@ -6,7 +6,6 @@ depends on a number of the host, so a captured graph goes on working.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
