@@ -14,12 +14,16 @@ from kivicache.fixed_attention import append_step
 from kivicache.fixed_states import KEYS, REFUSED, SINKS, TOTAL, VALUES, FixedStates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {
-    "default": (64, LayerConfig(residual_length=32)),
-    "2_bits": (32, LayerConfig(nbits_key=2, nbits_value=2, residual_length=8, sink_length=5)),
-    "8_bits_g8": (80, LayerConfig(nbits_key=8, nbits_value=8, group_size=8, residual_length=3, sink_length=0)),
-    "per_token": (32, LayerConfig(nbits_key=2, nbits_value=4, group_size=-1, residual_length=0, sink_length=40)),
-    "swapped": (32, LayerConfig(axis_key="token", axis_value="channel", group_size=16, residual_length=16)),
+CASES = {  # name: (head_dim, dtype, config)
+    "default": (64, torch.float16, {"residual_length": 32}),
+    "2_bits": (32, torch.float16, {"nbits_key": 2, "residual_length": 8, "sink_length": 5}),
+    "8_bits": (80, torch.float32, {"nbits_key": 8, "nbits_value": 8, "group_size": 8, "sink_length": 0}),
+    "per_token": (32, torch.float32, {"group_size": -1, "residual_length": 0, "sink_length": 40}),
+    "swapped": (
+        32,
+        torch.bfloat16,
+        {"axis_key": "token", "axis_value": "channel", "group_size": 16, "sink_length": 0},
+    ),
 }
 
 
@@ -37,14 +41,14 @@ def content(store, lengths):
     return [tensor[:, :, :bound] for tensor, bound in zip(store.tensors, bounds, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim, config", CASES.values(), ids=CASES)
-def test_the_kernel_stores_what_torch_stores(head_dim, config, dtype):
-    like = torch.empty(2, 2, 0, head_dim, dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize(("head_dim", "dtype", "settings"), CASES.values(), ids=CASES)
+def test_the_kernel_stores_what_torch_stores(head_dim, dtype, settings):
+    config = LayerConfig(**{"residual_length": 16, **settings})
+    like = torch.empty(1, 2, 0, head_dim, dtype=dtype, device=DEVICE)
     expected, given = stores(config, like, 150), stores(config, like, 150)
-    for step, tokens in enumerate([16, 16, 1, 9, *[1, 16] * 4, 2, 2, *[1] * 3, 16, 16, 3, 16, 1]):
+    for step, tokens in enumerate([16, 16, 1, 9, 16, 1, 16, 16, 2, 1, 16, 16, 3, 16, 16, 1]):
         # strided as a model's are: [batch, tokens, heads, head_dim], transposed
-        key_states, value_states = torch.randn(2, 2, tokens, 2, head_dim, dtype=dtype, device=DEVICE).transpose(2, 3)
+        key_states, value_states = torch.randn(2, 1, tokens, 2, head_dim, dtype=dtype, device=DEVICE).transpose(2, 3)
         for target, kernels in ((expected, False), (given, True)):
             append_step(*target, key_states, value_states, kernels)
         assert torch.equal(given[2], expected[2]), (step, given[2], expected[2])
