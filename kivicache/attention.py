@@ -57,11 +57,48 @@ class PackedStates(Tensor):
     def dense(self) -> Tensor:
         """The tensor itself, dequantized."""
         if self._dense is None:
-            states = self.kivi_states.read()
+            states = self._read()
             batch, kv_heads, tokens, head_dim = states.shape
             repeats = self.numel() // states.numel()
             self._dense = states[_NEW_AXIS].expand(batch, kv_heads, repeats, tokens, head_dim).reshape(self.shape)
         return self._dense
+
+    def _read(self) -> Tensor:
+        return self.kivi_states.read()
+
+    def with_shape(self, shape: Sequence[int]) -> PackedStates:
+        """The same states with their heads repeated."""
+        return PackedStates(self.kivi_states, shape)
+
+    def fused(
+        self,
+        query: Tensor,
+        value: PackedStates,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        softcap: float | None,
+        s_aux: Tensor | None,
+    ) -> Tensor:
+        """[`fused_attention`] with these keys."""
+        from kivicache.triton.decode import decode_attention  # triton is optional
+
+        keys, values = self.kivi_states, value.kivi_states
+        pairs = [
+            Pair(_store(keys.packed[i][1]), _store(values.packed[j][1]), heads)
+            for i, j, heads in _head_pairs(keys.heads, values.heads, query.device)
+        ]
+        with on_device(query):
+            return decode_attention(
+                query,
+                Tokens(keys.sinks, keys.residual, keys.axis),
+                Tokens(values.sinks, values.residual, values.axis),
+                pairs,
+                rotated=keys.rotation is not None,
+                mask=attention_mask,
+                scale=scaling,
+                softcap=softcap or 0.0,
+                s_aux=s_aux,
+            )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -104,7 +141,7 @@ def _repeated(func: Callable[..., Any], args: Any) -> PackedStates | None:
             return None
         if func is Tensor.reshape and shape != (batch, kv_heads * repeats, tokens, head_dim):
             return None
-    return PackedStates(states.kivi_states, shape)
+    return states.with_shape(shape)
 
 
 def _as_dense(x: Any) -> Any:
@@ -221,26 +258,8 @@ def fused_attention(
     Returns:
         ``[batch, heads, query_length, head_dim]`` of the values, of the query's dtype.
     """
-    from kivicache.triton.decode import decode_attention  # triton is optional
-
     assert isinstance(key, PackedStates) and isinstance(value, PackedStates)
-    keys, values = key.kivi_states, value.kivi_states
-    pairs = [
-        Pair(_store(keys.packed[i][1]), _store(values.packed[j][1]), heads)
-        for i, j, heads in _head_pairs(keys.heads, values.heads, query.device)
-    ]
-    with on_device(query):
-        return decode_attention(
-            query,
-            Tokens(keys.sinks, keys.residual, keys.axis),
-            Tokens(values.sinks, values.residual, values.axis),
-            pairs,
-            rotated=keys.rotation is not None,
-            mask=attention_mask,
-            scale=scaling,
-            softcap=softcap or 0.0,
-            s_aux=s_aux,
-        )
+    return key.fused(query, value, attention_mask, scaling, softcap, s_aux)
 
 
 def store_tokens(keys: TokenBuffer, values: TokenBuffer, key_states: Tensor, value_states: Tensor) -> None:

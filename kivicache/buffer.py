@@ -34,11 +34,11 @@ class TokenBuffer:
         self.start = self.stop = 0
 
     @classmethod
-    def of(cls, data: Tensor) -> TokenBuffer:
-        """A buffer that is full of ``data`` ``[batch, heads, tokens, width]``, which it does not copy."""
+    def of(cls, data: Tensor, length: int | None = None) -> TokenBuffer:
+        """A buffer that holds the first ``length`` tokens of ``data``, default all, and does not copy them."""
         buffer = cls.__new__(cls)
         buffer._hold(data)
-        buffer.start, buffer.stop = 0, data.shape[2]
+        buffer.start, buffer.stop = 0, data.shape[2] if length is None else length
         return buffer
 
     def _hold(self, data: Tensor) -> None:

@@ -48,7 +48,7 @@ class KIVILayer(DynamicLayer):
         Raises:
             ValueError: where the new states do not fit the cached ones; the cache is left as it was.
         """
-        _check_pair(key_states, value_states)
+        check_pair(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
@@ -231,7 +231,7 @@ class KIVILayer(DynamicLayer):
         return (states for states in (self._keys, self._values) if states is not None)
 
 
-def _check_pair(key_states: Tensor, value_states: Tensor) -> None:
+def check_pair(key_states: Tensor, value_states: Tensor) -> None:
     _check_dimensions("key_states", key_states)
     _check_dimensions("value_states", value_states)
     for dim, what in ((0, "sequences"), (2, "tokens")):

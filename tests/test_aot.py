@@ -156,6 +156,36 @@ def compile_pack(target, head_dim, nbits):
         compile_kernel(unpack_kernel, target, pointer_types(unpack_kernel, "*fp32"), constants, num_warps=4)
 
 
+def compile_append(target, head_dim, nbits, query_length=1):
+    from triton import next_power_of_2
+
+    from kivicache.triton.append import append_kernel
+
+    k_words, v_words = (words(head_dim, n) for n in nbits)
+    constants = {
+        "Q": query_length,
+        "S": 32,
+        "RESIDUAL": 128,
+        "BLOCK": 32,
+        "SINK_ROWS": 48,
+        "RES_ROWS": 192,
+        "D": head_dim,
+        "G": 32,
+        "K_NBITS": nbits[0],
+        "V_NBITS": nbits[1],
+        "K_W": k_words,
+        "V_W": v_words,
+        "K_CHANNEL": True,
+        "V_CHANNEL": False,
+        "BLOCK_G": 32,
+        "BLOCK_KW": next_power_of_2(k_words),
+        "BLOCK_VW": next_power_of_2(v_words),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_Q": next_power_of_2(query_length),
+    }
+    compile_kernel(append_kernel, target, pointer_types(append_kernel, "*bf16"), constants, num_warps=4)
+
+
 def compile_combine(target):
     from kivicache.triton.combine import combine_kernel
     from kivicache.triton.rotate import rotate_kernel
@@ -173,6 +203,7 @@ PORTABLE = {
         "compile_decode({target!r}, 80, (2, 16), mask=1, mixed=True, rotated=True)",
         'compile_decode({target!r}, 128, (8, 8), group_size=128, axes=("token", "token"), states="*fp32")',
     ],
+    "append": ["compile_append({target!r}, 128, (4, 2))", "compile_append({target!r}, 80, (8, 8), query_length=5)"],
     "pack and combine": [
         "compile_pack({target!r}, 128, 8)",
         "compile_pack({target!r}, 80, 4)",
