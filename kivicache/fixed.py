@@ -175,9 +175,15 @@ class FixedKIVILayer(KIVILayer):
             return MemoryReport()
         with self._on_host():
             report = super().memory()
-        allocated = sum(tensor.nbytes for store in self._stores for tensor in store.tensors) + self._lengths.nbytes
         used = report.total - report.slack
-        return MemoryReport(**{**vars(report), "slack": allocated - used})
+        return MemoryReport(**{**vars(report), "slack": self.allocated_nbytes - used})
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """All bytes allocated; nothing changes them once the layer is initialized."""
+        if self._stores is None:
+            return 0
+        return sum(tensor.nbytes for store in self._stores for tensor in store.tensors) + self._lengths.nbytes
 
     def dense_reasons(self) -> list[str]:
         return ["nothing is cached yet"] if self._dense_reasons is None else self._dense_reasons
