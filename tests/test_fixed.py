@@ -336,3 +336,41 @@ def test_a_model_with_sliding_layers_generates_the_same(graphs):
     expected = generate(model, inputs, KIVICache(CONFIGS["8_4_bits"], config=config))
     cache = KIVICache(CONFIGS["8_4_bits"], config=config, max_cache_len=CAPACITY)
     assert torch.equal(generate(model, inputs, cache, compile_config=compiled()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [0, 9], ids=["", "left_padded"])
+@pytest.mark.parametrize("nbits", [(2, 2), (4, 2), (8, 8)], ids=str)
+def test_generate_captures_the_step_in_a_cuda_graph(nbits, padding, graphs, monkeypatch):
+    """Nothing is set but the attention: `generate` compiles by itself, with CUDA graphs."""
+    model = tiny_llama(head_dim=128, attention="kivi").to("cuda", torch.bfloat16)
+    cfg = KIVIConfig(nbits_key=nbits[0], nbits_value=nbits[1], residual_length=32)
+    monkeypatch.setattr(FixedPackedStates, "_read", lambda self: pytest.fail("went dense"))
+    cache = fixed_cache(cfg, 400, model)
+    for prompt_length in (150, 151):
+        inputs = {name: tensor.cuda() for name, tensor in prompt(tokens=prompt_length, padding=padding).items()}
+        growing = KIVICache(cfg)
+        expected = generate(model, inputs, growing, max_new_tokens=120)
+        cache.reset()
+        output = generate(model, inputs, cache, max_new_tokens=120)
+        same = (output == expected).float().mean()
+        assert same == 1 and torch.equal(cache.layers[0].keys, growing.layers[0].keys)
+    assert graphs() == 1 and torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert cache.explain() == {0: "packed", 1: "packed"}
+
+
+@pytest.mark.gpu
+def test_no_allocation_from_step_to_step(graphs):
+    model = tiny_llama(head_dim=128, attention="kivi").to("cuda", torch.bfloat16)
+    cache = fixed_cache(KIVIConfig(nbits=2), 4096, model)
+    inputs = {name: tensor.cuda() for name, tensor in prompt(tokens=150).items()}
+    addresses, seen = [], []
+
+    def stop(input_ids, scores, **kwargs):
+        addresses.append([tensor.data_ptr() for tensor in cache.layers[1]._stores[0].tensors])
+        seen.append(torch.cuda.memory_allocated())
+        return torch.zeros(2, dtype=torch.bool, device="cuda")
+
+    generate(model, inputs, cache, max_new_tokens=200, stopping_criteria=[stop])
+    assert addresses[0] == addresses[-1]
+    assert seen[-1] - seen[20] < 2**16  # the tokens and their mask, no more
