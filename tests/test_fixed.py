@@ -218,7 +218,7 @@ def test_a_step_under_torch_compile_itself(monkeypatch):
             expected = model(inputs, past_key_values=growing).logits
             if i == 61:
                 monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-            logits = step(input_ids=inputs, cache=fixed).logits
+            logits = step(input_ids=inputs, past_key_values=fixed).logits
             assert torch.allclose(logits, expected, atol=1e-3), i
     assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
     torch._dynamo.reset()
