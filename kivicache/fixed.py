@@ -105,7 +105,7 @@ class FixedKIVILayer(KIVILayer):
         self._stores = stores[0], stores[1]
         with torch.inference_mode(False):
             self._lengths = torch.zeros(6, dtype=torch.int32, device=key_states.device)
-        torch._dynamo.mark_static_address(self._lengths)
+        torch._dynamo.mark_static_address(self._lengths, guard=False)
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self._dense_reasons = layer_reasons(*(self._host_states(store, 0, 0, 0) for store in self._stores))
         self._kernels = not self._dense_reasons

@@ -203,7 +203,7 @@ def test_a_copy_is_independent():
     assert copied.get_seq_length(1) == cache.get_seq_length(1) + 12
 
 
-def test_a_step_under_torch_compile_itself(monkeypatch):
+def test_a_step_under_torch_compile_itself():
     """The model compiled by hand: one graph, no break, nothing compiled again."""
     torch._dynamo.reset()
     model, config = tiny_llama(), CONFIGS["2_bits"]
@@ -216,9 +216,8 @@ def test_a_step_under_torch_compile_itself(monkeypatch):
         for i in range(60, 100):
             inputs = tokens[:, i : i + 1]
             expected = model(inputs, past_key_values=growing).logits
-            if i == 61:
-                monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-            logits = step(input_ids=inputs, past_key_values=fixed).logits
+            with torch._dynamo.config.patch(error_on_recompile=i > 60):
+                logits = step(input_ids=inputs, past_key_values=fixed).logits
             assert torch.allclose(logits, expected, atol=1e-3), i
     assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
     torch._dynamo.reset()
@@ -362,7 +361,8 @@ def test_generate_captures_the_step(backend, padding, nbits, graphs, monkeypatch
     """
     model, inputs, growing, fixed = on_gpu(padding, nbits)
     monkeypatch.setattr(FixedPackedStates, "_read", lambda self: pytest.fail("went dense"))
-    for turn in range(2):  # the second on the same buffers and the same graph
+    for turn in ("first", "on the same buffers", "on fresh ones"):
+        fixed = fixed_cache(fixed.kivi_config, 400, model) if turn == "on fresh ones" else fixed
         fixed.reset()
         growing.reset()
         compile_config = backend and compiled(backend)
