@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kivicache {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_estimate(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -54,6 +55,40 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
     parser.set_defaults(run=_demo)
+
+
+def _add_estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Bytes of a model's weights and cache, from its config alone, and what fits into a GPU."
+    parser = commands.add_parser("estimate", help="bytes of weights and cache", description=description)
+    parser.add_argument("--model", metavar="NAME", required=True, help="hub model, local folder or config.json")
+    parser.add_argument("--context", type=_positive, required=True, metavar="N", help="tokens of each sequence")
+    parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences (default: %(default)s)")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
+    bits.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+    parser.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="also say what fits into so many GiB")
+    parser.add_argument("--fixed", action="store_true", help="a cache of fixed capacity, max_cache_len=N")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from kivicache.estimate import estimate
+
+    found = estimate(
+        args.model,
+        _config(args),
+        context=args.context,
+        batch=args.batch,
+        gpu_memory=args.gpu_memory,
+        fixed=args.fixed,
+    )
+    if args.json:
+        print(json.dumps(vars(found), indent=2))
+    else:
+        width = max(len(label) for label, _ in found.rows())
+        print("\n".join(f"{label:<{width}}  {text}" for label, text in found.rows()))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -132,6 +167,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from 1")
     return int(text)
+
+
+def _gib(text: str) -> int:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a positive number of GiB")
+    return int(size * 2**30)
 
 
 def _text(text: str) -> str:

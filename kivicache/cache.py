@@ -58,7 +58,7 @@ class KIVICache(DynamicCache):
         for backend in self.kivi_config.backends:
             get_backend(backend)  # a missing library is said here, not in the middle of a generation
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        self.max_cache_len = max_cache_len
+        self._is_fixed = max_cache_len is not None
         if max_cache_len is not None:
             self._fix_capacity(config, max_cache_len, offloading)
         elif config is None:
@@ -111,7 +111,7 @@ class KIVICache(DynamicCache):
 
         A growing cache has no fixed shapes. (Without this, an all-linear model would be compiled.)
         """
-        return self.max_cache_len is not None and super().is_compileable
+        return self._is_fixed and super().is_compileable
 
     def memory(self) -> MemoryReport:
         """True bytes held, in sum and in ``.layers`` one by one, see [`MemoryReport`]."""

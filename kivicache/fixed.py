@@ -105,7 +105,7 @@ class FixedKIVILayer(KIVILayer):
         self._stores = stores[0], stores[1]
         with torch.inference_mode(False):
             self._lengths = torch.zeros(6, dtype=torch.int32, device=key_states.device)
-        torch._dynamo.mark_static_address(self._lengths)
+        torch._dynamo.mark_static_address(self._lengths, guard=False)
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self._dense_reasons = layer_reasons(*(self._host_states(store, 0, 0, 0) for store in self._stores))
         # the step in torch operations otherwise; the attention is fused all the same
@@ -181,9 +181,15 @@ class FixedKIVILayer(KIVILayer):
             return MemoryReport()
         with self._on_host():
             report = super().memory()
-        allocated = sum(tensor.nbytes for store in self._stores for tensor in store.tensors) + self._lengths.nbytes
         used = report.total - report.slack
-        return MemoryReport(**{**vars(report), "slack": allocated - used})
+        return MemoryReport(**{**vars(report), "slack": self.allocated_nbytes - used})
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """All bytes allocated; nothing changes them once the layer is initialized."""
+        if self._stores is None:
+            return 0
+        return sum(tensor.nbytes for store in self._stores for tensor in store.tensors) + self._lengths.nbytes
 
     def dense_reasons(self) -> list[str]:
         return ["nothing is cached yet"] if self._dense_reasons is None else self._dense_reasons

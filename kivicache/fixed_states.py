@@ -100,7 +100,7 @@ class FixedStates:
             # an ordinary tensor also under inference mode: a cache filled there must stay writable outside
             with torch.inference_mode(False), torch.no_grad():
                 tensor = torch.zeros(batch, kv_heads, tokens, width, dtype=dtype, device=like.device)
-            torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static_address(tensor, guard=False)  # fresh buffers are no reason to compile again
             return tensor
 
         self.sinks = zeros(config.sink_length + MAX_STEP_LENGTH, head_dim)
@@ -130,7 +130,7 @@ class FixedStates:
                 if selected.shape == tensor.shape:
                     tensor.copy_(selected)
                 else:
-                    torch._dynamo.mark_static_address(selected)
+                    torch._dynamo.mark_static_address(selected, guard=False)
                     setattr(self, name, selected)
 
     @property

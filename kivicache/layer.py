@@ -156,6 +156,18 @@ class KIVILayer(DynamicLayer):
         """The bytes held, see [`MemoryReport`]."""
         return sum((states.memory() for states in self._states()), MemoryReport())
 
+    def pretend(self, token: Tensor, length: int) -> None:
+        """Hold the memory of a prompt of ``length - 1`` tokens and one step, on the meta device.
+
+        Args:
+            token: keys, or values, ``[batch, kv_heads, 1, head_dim]``.
+        """
+        self.lazy_initialization(token, token)
+        before, after = (packed_lengths(self.config, tokens) for tokens in (length - 1, length))
+        for states, prompt_length, packed_length in zip(self._states(), before, after, strict=True):
+            states.pretend(length - 1, prompt_length)
+            states.append(token, packed_length)
+
     def __getattr__(self, name: str) -> Any:
         # Some models call methods of their own kind of layer, which a cache without their config did not make.
         raise AttributeError(

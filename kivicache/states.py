@@ -158,6 +158,20 @@ class KIVIStates:
             packed_values=sum(batch * store.codes.data.shape[1] * len(store) * head_dim for store in packed),
         )
 
+    def pretend(self, length: int, packed_length: int) -> None:
+        """Empty states as if a prompt of ``length`` tokens had been appended: their room without their content."""
+        sinks = min(length, self.sink_length)
+        residual = length - sinks - packed_length
+        for store, tokens in ((self.sinks, sinks), (self.residual, residual)):
+            store.reserve(tokens)
+            store.stop = tokens
+        for _, packed in self.packed:
+            packed.reserve(packed_length)
+            groups = packed_length // self.tokens_per_group
+            buffers = (packed,) if isinstance(packed, TokenBuffer) else packed.buffers
+            for buffer, stop in zip(buffers, (packed_length, groups, groups), strict=False):
+                buffer.stop = stop
+
     def _read_packed(self, start: int, stop: int, out: Tensor) -> None:
         for first in range(start, stop, self._chunk_length):
             last = min(first + self._chunk_length, stop)

@@ -48,6 +48,7 @@ ORDER = [  # a module imports only from those above it
     "cache",
     "",
     "fidelity",
+    "estimate",
     "models",
     "demo",
     "__main__",

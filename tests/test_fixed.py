@@ -205,7 +205,7 @@ def test_a_copy_is_independent():
     assert copied.get_seq_length(1) == cache.get_seq_length(1) + 12
 
 
-def test_a_step_under_torch_compile_itself(monkeypatch):
+def test_a_step_under_torch_compile_itself():
     """The model compiled by hand: one graph, no break, nothing compiled again."""
     torch._dynamo.reset()
     model, config = tiny_llama(), CONFIGS["2_bits"]
@@ -218,9 +218,8 @@ def test_a_step_under_torch_compile_itself(monkeypatch):
         for i in range(60, 100):
             inputs = tokens[:, i : i + 1]
             expected = model(inputs, past_key_values=growing).logits
-            if i == 61:
-                monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-            logits = step(input_ids=inputs, cache=fixed).logits
+            with torch._dynamo.config.patch(error_on_recompile=i > 60):
+                logits = step(input_ids=inputs, past_key_values=fixed).logits
             assert torch.allclose(logits, expected, atol=1e-3), i
     assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
     torch._dynamo.reset()
@@ -340,22 +339,89 @@ def test_a_model_with_sliding_layers_generates_the_same(graphs):
     assert torch.equal(generate(model, inputs, cache, compile_config=compiled()), expected)
 
 
+def on_gpu(padding, nbits):
+    """A model, a prompt, and a growing and a fixed cache that the kernels serve."""
+    model = tiny_llama(head_dim=128, attention="kivi").to("cuda", torch.bfloat16)
+    cfg = KIVIConfig(nbits_key=nbits[0], nbits_value=nbits[1], residual_length=32)
+    inputs = {name: tensor.cuda() for name, tensor in prompt(tokens=150, padding=padding).items()}
+    return model, inputs, KIVICache(cfg), fixed_cache(cfg, 400, model)
+
+
+GPU = pytest.mark.parametrize(
+    ("padding", "nbits"), [(0, (2, 2)), (9, (4, 2)), (9, (8, 8))], ids=["2_bits", "k4v2_padded", "8_bits_padded"]
+)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["cuda_graph", "traced"])
+def test_generate_captures_the_step(backend, padding, nbits, graphs, monkeypatch):
+    """Nothing is set but the attention: `generate` compiles by itself, with CUDA graphs.
+
+    The compiler rounds bfloat16 elsewhere than eager mode does, and the kernel splits a capacity otherwise than a
+    length, so a tie may go the other way: each token must be the growing cache's choice, or as good as it.
+    """
+    model, inputs, growing, fixed = on_gpu(padding, nbits)
+    monkeypatch.setattr(FixedPackedStates, "_read", lambda self: pytest.fail("went dense"))
+    for turn in ("first", "on the same buffers", "on fresh ones"):
+        fixed = fixed_cache(fixed.kivi_config, 400, model) if turn == "on fresh ones" else fixed
+        fixed.reset()
+        growing.reset()
+        compile_config = backend and compiled(backend)
+        output = generate(model, inputs, fixed, max_new_tokens=120, compile_config=compile_config)
+        mask = torch.ones_like(output)
+        mask[:, :150] = inputs["attention_mask"]
+        positions, logits = (mask.cumsum(1) - 1).clamp(min=0), []
+        for start, stop in [(0, 150), *((i, i + 1) for i in range(150, 269))]:
+            with torch.no_grad():
+                step = model(
+                    output[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=growing,
+                )
+            logits.append(step.logits[:, -1:])
+        logits = torch.cat(logits, dim=1).float()
+        chosen = logits.gather(-1, output[:, 150:, None])
+        regret = (logits.amax(-1, keepdim=True) - chosen) / logits.std(-1, keepdim=True)
+        assert regret.max() < 0.25, turn
+        if backend is not None:  # not rounded elsewhere: the keys before the first attention are the same
+            assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
+    assert graphs() == 1 and torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert fixed.explain() == {0: "packed", 1: "packed"}
+
+
+@pytest.mark.gpu
+def test_no_allocation_from_step_to_step(graphs):
+    model = tiny_llama(head_dim=128, attention="kivi").to("cuda", torch.bfloat16)
+    cache = fixed_cache(KIVIConfig(nbits=2), 4096, model)
+    inputs = {name: tensor.cuda() for name, tensor in prompt(tokens=150).items()}
+    addresses, seen = [], []
+
+    def stop(input_ids, scores, **kwargs):
+        addresses.append([tensor.data_ptr() for tensor in cache.layers[1]._stores[0].tensors])
+        seen.append(torch.cuda.memory_allocated())
+        return torch.zeros(2, dtype=torch.bool, device="cuda")
+
+    generate(model, inputs, cache, max_new_tokens=200, stopping_criteria=[stop])
+    assert addresses[0] == addresses[-1]
+    assert seen[-1] - seen[20] < 2**16  # the tokens and their mask, no more
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding", [0, 30], ids=["", "left_padded"])
 @pytest.mark.parametrize(
-    ("config", "dtype"),
+    "config",
     [
-        (KIVIConfig(nbits=2), torch.float32),
-        (KIVIConfig(nbits=4, rotation="hadamard"), torch.float32),
-        (KIVIConfig(nbits_key=16, nbits_value=4), torch.float32),
-        (KIVIConfig(nbits=8), torch.float16),
-        (KIVIConfig(nbits_key=4, nbits_value=2), torch.bfloat16),
+        KIVIConfig(nbits=2),
+        KIVIConfig(nbits=4, rotation="hadamard"),
+        KIVIConfig(nbits_key=16, nbits_value=4),
     ],
     ids=str,
 )
-def test_gpu_cuda_graphs_give_the_growing_cache_s_tokens(config, dtype, padding, graphs):
-    """Twice with one cache: the second call of the same shape compiles nothing."""
-    model = copy.deepcopy(tiny_llama(layers=2, heads=8, kv_heads=2, head_dim=128)).to("cuda", dtype)
+def test_gpu_cuda_graphs_give_the_growing_cache_s_tokens(config, padding, graphs):
+    """In float32 to the last token; the second call of the same shape compiles nothing."""
+    model = copy.deepcopy(tiny_llama(layers=2, heads=8, kv_heads=2, head_dim=128)).cuda()
     model.set_attn_implementation("kivi")
     inputs = {key: value.cuda() for key, value in prompt(tokens=300, padding=padding).items()}
     growing = KIVICache(config)
@@ -365,9 +431,6 @@ def test_gpu_cuda_graphs_give_the_growing_cache_s_tokens(config, dtype, padding,
         tokens = generate(model, inputs, fixed, max_new_tokens=100)
         compiled_graphs = graphs()
         assert all(reasons == "packed" for reasons in fixed.explain().values())
-        if dtype == torch.float32:
-            assert torch.equal(tokens, expected)
-        else:  # 16 bits round differently in a graph; random weights amplify it sooner or later
-            assert torch.equal(tokens[:, :320], expected[:, :320])
+        assert torch.equal(tokens, expected)
         fixed.reset()
     assert graphs() == compiled_graphs == 1
