@@ -1,0 +1,208 @@
+"""What an evaluation found, as a terminal table, as CSV, and as plots."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from kivicache import __version__
+from kivicache.evaluation import Result
+from kivicache.models import MissingPackage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+# metric -> (heading, how it is written)
+COLUMNS = {
+    "bits_per_value": ("bits per value", "{:.2f}"),
+    "bits_per_packed_value": ("per packed value", "{:.2f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "kl_mean": ("KL mean", "{:.4f}"),
+    "kl_median": ("median", "{:.4f}"),
+    "kl_p99": ("p99", "{:.3f}"),
+    "top1_agreement": ("same top token", "{:.1%}"),
+    "alike_before": ("alike before", "{:.1f}"),
+    "equal_tokens": ("equal tokens", "{:.1%}"),
+}
+# what the plot of quality against bits shows: metric -> (axis label, logarithmic)
+QUALITY = {
+    "kl_mean": ("KL to full precision, nats per token", True),
+    "equal_tokens": ("tokens equal to full precision's", False),
+}
+COLORS = {"kivi": "#0b6e4f", "quanto": "#c1666b", "hqq": "#d4a03a", "fp8": "#6c757d", "dynamic": "#222222"}
+KINDS = {
+    "kivi": "KIVICache",
+    "quanto": "QuantizedCache, quanto",
+    "hqq": "QuantizedCache, hqq",
+    "fp8": "QuantizedCache, fp8",
+    "dynamic": "DynamicCache",
+}
+
+
+def by_task(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results that there are, task by task."""
+    tasks: dict[str, list[Result]] = {}
+    for result in results:
+        if result.records:
+            tasks.setdefault(result.task.label, []).append(result)
+    return tasks
+
+
+def render(results: Sequence[Result], console: Console) -> None:
+    """Print a table per task, a row per cache."""
+    from rich import box
+    from rich.table import Table
+
+    for label, own in by_task(results).items():
+        names = list(own[0].metrics)
+        table = Table(title=f"{label}: {own[0].task}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("cache", overflow="fold")
+        for name in names:
+            table.add_column(_heading(name), justify="right")
+        for result in own:
+            table.add_row(result.cache.name, *(_written(name, result.metrics[name]) for name in names))
+        console.print(table)
+
+
+def report(results: Sequence[Result], folder: str | Path, model: str) -> list[Path]:
+    """Write ``TASK.csv`` and ``TASK.png`` into ``folder``, and return the files.
+
+    Args:
+        model: its name, for the first line of the tables.
+    """
+    if find_spec("matplotlib") is None:
+        raise MissingPackage("matplotlib", 'pip install "kivicache[eval]"')
+    folder, files = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, own in by_task(results).items():
+        files.append(write_csv(own, folder / f"{label}.csv", model))
+        if own[0].records[0].place:
+            files.append(plot_grid(own, folder / f"{label}.png"))
+        else:
+            files.append(plot_quality(own, folder / f"{label}.png"))
+    return files
+
+
+def write_csv(results: Sequence[Result], path: Path, model: str) -> Path:
+    """One task's table; the first line says what it was measured with."""
+    rows = [
+        {"cache": result.cache.name}
+        | {name: f"{value:.6g}" for name, value in result.metrics.items()}
+        | {"items": len(result.records), "seconds": f"{sum(record.seconds for record in result.records):.0f}"}
+        for result in results
+    ]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(
+            f"# {model}, {_named(results[0])}; {platform.system()} {platform.machine()}, "
+            f"kivicache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"Python {platform.python_version()}\n"
+        )
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def plot_quality(results: Sequence[Result], path: Path) -> Path:
+    """Quality against true bits per value, a point for each setting."""
+    pyplot = _pyplot()
+    metric = next((name for name in results[0].metrics if name in QUALITY), list(results[0].metrics)[-1])
+    label, logarithmic = QUALITY.get(metric, (_heading(metric), False))
+    shown = [r for r in results if not logarithmic or r.metrics[metric] > 1e-9]
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for kind in dict.fromkeys(result.cache.kind for result in shown):
+        own = [result.metrics for result in shown if result.cache.kind == kind]
+        bits = [metrics["bits_per_value"] for metrics in own]
+        axes.scatter(bits, [metrics[metric] for metrics in own], color=COLORS.get(kind), label=KINDS.get(kind), s=26)
+    if logarithmic:
+        axes.set_yscale("log")
+    _name_points(axes, [(r.metrics["bits_per_value"], r.metrics[metric], r.cache.name) for r in shown])
+    axes.set_xlabel("true bits per cached value, exact tokens, scales and minima included")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def plot_grid(results: Sequence[Result], path: Path) -> Path:
+    """A heat map per cache of the first metric of each place: depth over length."""
+    pyplot = _pyplot()
+    columns = min(len(results), 4)
+    rows = -(-len(results) // columns)
+    size = (2.6 * columns + 1, 2.4 * rows + 0.4)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(results) :]:
+        axes.set_visible(False)
+    for axes, result in zip(grid.flat, results, strict=False):
+        image = _heat_map(axes, result)
+    figure.supxlabel("tokens")
+    figure.supylabel("depth")
+    figure.colorbar(image, ax=grid, label="found", shrink=0.7)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _heat_map(axes: Axes, result: Result) -> Any:
+    lengths = sorted({record.place["length"] for record in result.records})
+    depths = sorted({record.place["depth"] for record in result.records})
+    cells = torch.full((len(depths), len(lengths)), torch.nan)
+    for i, depth in enumerate(depths):
+        for j, length in enumerate(lengths):
+            own = [r for r in result.records if (r.place["length"], r.place["depth"]) == (length, depth)]
+            if own:
+                cells[i, j] = sum(float(next(iter(record.scores.values()))) for record in own) / len(own)
+    image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axes.set_title(f"{result.cache.name}\n{result.metrics['bits_per_value']:.1f} bits", fontsize=9)
+    return image
+
+
+def _name_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Write each name beside its point, where it covers no other name; names that find no room are left out."""
+    axes.figure.canvas.draw()
+    taken: list[Any] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        for offset, align in (((5, 2), "left"), ((-5, 2), "right"), ((5, -8), "left"), ((-5, -8), "right")):
+            text = axes.annotate(name, (x, y), offset, textcoords="offset points", ha=align, fontsize=6.5)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _named(result: Result) -> str:
+    """The task with its fields, a file in them by its name alone."""
+    given = vars(result.task).items()
+    parts = (f"{name}={Path(value).name if name == 'data' and value else value}" for name, value in given)
+    return f"{result.task.label}({', '.join(parts)})"
+
+
+def _heading(name: str) -> str:
+    return COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ")
+
+
+def _written(name: str, value: float) -> str:
+    return (COLUMNS[name][1] if name in COLUMNS else "{:.1%}").format(value)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
