@@ -50,6 +50,7 @@ ORDER = [  # a module imports only from those above it
     "tasks",
     "evaluation",
     "evaluation_report",
+    "lm_eval",
     "demo",
     "__main__",
 ]

@@ -13,10 +13,9 @@ from transformers import Cache
 from kivicache.tasks.base import Item, Scores, Subject, Task, asked, check_counts, generate
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-WORDS = """
+_WORDS = """
 amber basin cedar dune ember fable grove harbor island jasper kettle lantern meadow nectar orchid pebble quartz river
-saddle timber umber velvet willow yonder zephyr anchor bramble canyon dagger engine falcon garnet hammer
-""".split()
+saddle timber umber velvet willow yonder zephyr anchor bramble canyon dagger engine falcon garnet hammer"""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Ruler(_Retrieval, name="ruler"):
         if self.kind == "tracking":
             return _tracking(random)
         keys, values, queries = KINDS[self.kind]
-        names = random.sample(WORDS, keys)
+        names = random.sample(_WORDS.split(), keys)
         numbers = [[str(random.randint(1000000, 9999999)) for _ in range(values)] for _ in names]
         hidden = [
             f"One of the special magic numbers for {name} is: {number}.\n"
@@ -149,12 +148,12 @@ class Ruler(_Retrieval, name="ruler"):
             for number in own
         ]
         about = " and ".join(names[:queries])
-        what, verb = ("numbers", "are") if values * queries > 1 else ("number", "is")
+        what, verb, every = ("numbers", "are", " all") if values * queries > 1 else ("number", "is", "")
         return Needle(
             "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz "
             "you about the numbers afterwards.\n",
             hidden,
-            f"What {verb} all the special magic {what} for {about} mentioned in the provided text?",
+            f"What {verb}{every} the special magic {what} for {about} mentioned in the provided text?",
             f"The special magic {what} for {about} mentioned in the provided text {verb}",
             [number for own in numbers[:queries] for number in own],
         )
