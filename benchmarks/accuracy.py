@@ -22,19 +22,20 @@ OWN = (
     + [f"kivi:{bits}:{option}" for bits in ("k4v2", "2") for option in ("g64", "g128", "r32", "r64", "s0", "s4")]
     + [f"kivi:{bits}:{backend}" for bits in ("k4v2", "2") for backend in ("hqq", "quanto")]
     + [f"kivi:{bits}:hadamard" for bits in ("4", "k4v2", "2")]
+    + [f"kivi:{bits}:r32:s4{rotation}" for bits in ("4", "k4v2", "2") for rotation in ("", ":hadamard")]
     + ["paper:4", "paper:k4v2", "paper:2"]
 )
 TRANSFORMERS = (
     ["hf-fp8", "hf-quanto:4", "hf-quanto:2", "hf-hqq:8", "hf-hqq:4", "hf-hqq:2"]
-    + [f"hf-quanto:{n}:g32:axis_key={k}:axis_value={v}" for n in (4, 2) for k in (0, -1) for v in (0, -1)]
-    + [f"hf-hqq:{n}:g32:axis_key={k}:axis_value={v}" for n in (4, 2) for k in (0, 1) for v in (0, 1)]
+    + [f"hf-quanto:{n}:g32:a{k}/{v}" for n in (4, 2) for k in (0, -1) for v in (0, -1)]
+    + [f"hf-hqq:{n}:g32:a{k}/{v}" for n in (4, 2) for k in (0, 1) for v in (0, 1)]
 )
 TASKS = {
     "fidelity": "fidelity:data={text}",
     "greedy": "greedy:data={text},prompts=8,prefill=512,tokens=128",
-    "passkey": "passkey:lengths=[512,1024,2048],depths=6,samples=1",
+    "passkey": "passkey:lengths=[1024,2048],depths=6",
 }
-FEW = ["dynamic", "kivi:4", "kivi", "kivi:2", "kivi:2:hadamard", "paper:2", "hf-quanto:4", "hf-quanto:2", "hf-hqq:2"]
+FEW = ["dynamic", "kivi:4", "kivi", "kivi:2", "kivi:2:hadamard", "paper:2", "hf-quanto:4", "hf-quanto:2"]
 
 
 def main() -> None:

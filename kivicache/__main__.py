@@ -86,10 +86,7 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    # A download shows the hub's own bars, and two kinds at once would overwrite each other.
-    downloads = model is not None and not Path(model).is_dir()
-    if not downloads:
-        transformers_logging.disable_progress_bar()
+    _quiet_unless_it_downloads(model)
     console = Console(file=sys.stderr)
     with Progress(
         SpinnerColumn(),
@@ -111,6 +108,12 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
             progress.update(tasks[stage], completed=done)
 
         yield on_progress
+
+
+def _quiet_unless_it_downloads(model: str | None) -> None:
+    """A download shows the hub's own bars; where there is none, they would only overwrite ours."""
+    if model is None or Path(model).is_dir():
+        transformers_logging.disable_progress_bar()
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -138,6 +141,7 @@ def _eval(args: argparse.Namespace) -> int:
     device = _device(args.device)
     caches = [CacheSpec.parse(text) for text in args.cache]
     tasks = [parse_task(text) for text in args.task]
+    _quiet_unless_it_downloads(args.model)
     model, tokenizer = load_model(args.model, device)
     store = args.out / "records.jsonl"
     with _time_left() as on_progress:

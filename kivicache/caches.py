@@ -127,7 +127,10 @@ def _hf_settings(words: list[str], fields: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: unknown option; allowed: {', '.join(_HF_FIELDS)}")
     settings: dict[str, Any] = {}
     for word in words:
-        settings |= _number_word(word, "a number of bits, gN, rN, FIELD=VALUE")
+        if axes := re.fullmatch(r"a(-?\d)/(-?\d)", word):
+            settings |= {"axis_key": int(axes[1]), "axis_value": int(axes[2])}
+        else:
+            settings |= _number_word(word, "a number of bits, gN, rN, aN/N, FIELD=VALUE")
     if "sink_length" in settings:
         raise ValueError("sink_length: transformers' QuantizedCache keeps no sinks")
     if "group_size" in settings:

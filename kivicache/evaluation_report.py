@@ -22,20 +22,28 @@ if TYPE_CHECKING:
 
 # metric -> (heading, how it is written)
 COLUMNS = {
-    "bits_per_value": ("bits per value", "{:.2f}"),
-    "bits_per_packed_value": ("per packed value", "{:.2f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
-    "kl_mean": ("KL mean", "{:.4f}"),
+    "bits_per_value": ("bits", "{:.2f}"),
+    "bits_per_packed_value": ("packed", "{:.2f}"),
+    "perplexity": ("ppl", "{:.2f}"),
+    "kl_mean": ("KL", "{:.4f}"),
     "kl_median": ("median", "{:.4f}"),
     "kl_p99": ("p99", "{:.3f}"),
-    "top1_agreement": ("same top token", "{:.1%}"),
+    "top1_agreement": ("same top", "{:.1%}"),
     "alike_before": ("alike before", "{:.1f}"),
     "equal_tokens": ("equal tokens", "{:.1%}"),
 }
+NOTE = (
+    "bits: per cached value, exact tokens, scales and minima included; packed: per quantized value. KL to full "
+    "precision in nats per token: its mean, median and 99th percentile."
+)
 # what the plot of quality against bits shows: metric -> (axis label, logarithmic)
 QUALITY = {
     "kl_mean": ("KL to full precision, nats per token", True),
     "equal_tokens": ("tokens equal to full precision's", False),
+}
+BITS = {
+    "bits_per_packed_value": "of the quantized values: what long contexts come to",
+    "bits_per_value": "of all cached values at the length measured, exact tokens in 16 bits",
 }
 COLORS = {"kivi": "#0b6e4f", "quanto": "#c1666b", "hqq": "#d4a03a", "fp8": "#6c757d", "dynamic": "#222222"}
 KINDS = {
@@ -61,15 +69,18 @@ def render(results: Sequence[Result], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    for label, own in by_task(results).items():
+    for own in by_task(results).values():
         names = list(own[0].metrics)
-        table = Table(title=f"{label}: {own[0].task}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=_named(own[0]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
         table.add_column("cache", overflow="fold")
         for name in names:
-            table.add_column(_heading(name), justify="right")
+            table.add_column(_heading(name), justify="right", no_wrap=True)
         for result in own:
             table.add_row(result.cache.name, *(_written(name, result.metrics[name]) for name in names))
         console.print(table)
+    console.print(NOTE, style="dim")
 
 
 def report(results: Sequence[Result], folder: str | Path, model: str) -> list[Path]:
@@ -112,25 +123,29 @@ def write_csv(results: Sequence[Result], path: Path, model: str) -> Path:
 
 
 def plot_quality(results: Sequence[Result], path: Path) -> Path:
-    """Quality against true bits per value, a point for each setting."""
+    """Quality against true bits, a point for each setting: of the quantized values, and of all that was cached."""
     pyplot = _pyplot()
     metric = next((name for name in results[0].metrics if name in QUALITY), list(results[0].metrics)[-1])
     label, logarithmic = QUALITY.get(metric, (_heading(metric), False))
     shown = [r for r in results if not logarithmic or r.metrics[metric] > 1e-9]
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for kind in dict.fromkeys(result.cache.kind for result in shown):
-        own = [result.metrics for result in shown if result.cache.kind == kind]
-        bits = [metrics["bits_per_value"] for metrics in own]
-        axes.scatter(bits, [metrics[metric] for metrics in own], color=COLORS.get(kind), label=KINDS.get(kind), s=26)
-    if logarithmic:
-        axes.set_yscale("log")
-    _name_points(axes, [(r.metrics["bits_per_value"], r.metrics[metric], r.cache.name) for r in shown])
-    axes.set_xlabel("true bits per cached value, exact tokens, scales and minima included")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure, panels = pyplot.subplots(1, 2, figsize=(14, 7), sharey=True, layout="constrained")
+    for axes, (bits, title) in zip(panels, BITS.items(), strict=True):
+        for kind in dict.fromkeys(result.cache.kind for result in shown):
+            own = [result.metrics for result in shown if result.cache.kind == kind]
+            x, y = [metrics[bits] for metrics in own], [metrics[metric] for metrics in own]
+            axes.scatter(x, y, color=COLORS.get(kind), label=KINDS.get(kind, kind), s=22)
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.margins(x=0.1)
+        axes.set_xlabel(f"true bits per value, scales and minima included\n{title}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(label)
+    panels[1].legend(frameon=False)
+    figure.canvas.draw()
+    for axes, bits in zip(panels, BITS, strict=True):
+        _name_points(axes, [(r.metrics[bits], r.metrics[metric], r.cache.name) for r in shown])
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
 
@@ -163,7 +178,7 @@ def _heat_map(axes: Axes, result: Result) -> Any:
             own = [r for r in result.records if (r.place["length"], r.place["depth"]) == (length, depth)]
             if own:
                 cells[i, j] = sum(float(next(iter(record.scores.values()))) for record in own) / len(own)
-    image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(cells.tolist(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
     axes.set_title(f"{result.cache.name}\n{result.metrics['bits_per_value']:.1f} bits", fontsize=9)
@@ -171,14 +186,14 @@ def _heat_map(axes: Axes, result: Result) -> Any:
 
 
 def _name_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, where it covers no other name; names that find no room are left out."""
-    axes.figure.canvas.draw()
+    """Write each name beside its point, where it covers no other; where there is no room, leave it out."""
+    dots = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken: list[Any] = []
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        for offset, align in (((5, 2), "left"), ((-5, 2), "right"), ((5, -8), "left"), ((-5, -8), "right")):
+    for x, y, name in sorted(points, key=lambda point: (point[1], point[0])):
+        for offset, align in (((5, -3), "left"), ((-5, -3), "right"), ((0, 5), "center"), ((0, -10), "center")):
             text = axes.annotate(name, (x, y), offset, textcoords="offset points", ha=align, fontsize=6.5)
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*dot) for dot in dots):
                 taken.append(box)
                 break
             text.remove()

@@ -39,7 +39,7 @@ def test_files_and_the_caches_of_transformers(tmp_path):
     spec = CacheSpec.parse(str(tmp_path / "mine.yaml"))
     assert spec.name == "mine" and spec.new(model_config).kivi_config == config
     assert type(CacheSpec.parse("dynamic").new(model_config)) is DynamicCache
-    layer = CacheSpec.parse("hf-hqq:2:g32:r64:axis_key=1").new(model_config).layers[0]
+    layer = CacheSpec.parse("hf-hqq:2:g32:r64:a1/0").new(model_config).layers[0]
     assert (layer.nbits, layer.q_group_size, layer.residual_length, layer.axis_key, layer.axis_value) == (
         2,
         32,
@@ -83,12 +83,15 @@ def test_options_are_split_outside_of_lists():
 
 @pytest.mark.parametrize(
     ("text", "packed", "exact_tokens"),
-    [("dynamic", 16, 300), ("kivi:16", 16, 300), ("kivi:2:s4", 3, 4 + 136), ("kivi:8:g16", 10, 32 + 140)]
-    + [
+    [
+        ("dynamic", 16, 300),
+        ("kivi:16", 16, 300),
+        ("kivi:2:s4", 3, 4 + 136),
+        ("kivi:8:g16", 10, 32 + 140),
         ("paper:4", 5, 128 / 2 + 44 / 2),
         ("hf-quanto:4:g32", 5, 0),
         ("hf-hqq:2:g32", 3, 0),
-        ("hf-fp8", 8 + 32 / 2**14, 0),
+        ("hf-fp8", 8, 0),
     ],
 )
 def test_bits_are_what_the_format_says(text, packed, exact_tokens):
