@@ -129,6 +129,8 @@ SCHEMES = [
     Scheme(group_size=16, scale_bits=8),
     Scheme(boosted=0.125),
     Scheme(boosted=0.25),
+    Scheme(boosted=0.125, scale_bits=8),
+    Scheme(boosted=0.25, scale_bits=8),
     Scheme(boosted=0.25, group_size=16, scale_bits=8),
     Scheme(nbits_key=3),
     Scheme(nbits_key=3, scale_bits=8),
@@ -142,6 +144,7 @@ SCHEMES = [
     Scheme(rotated=True, boosted=0.25),
     Scheme(rotated=True, nbits_key=3, scale_bits=8),
     Scheme(rotated=True, nbits_key=3, nbits_value=3, scale_bits=8),
+    Scheme(rotated=True, nbits_key=4, scale_bits=8),
     *(Scheme(sinks=sinks) for sinks in (0, 4, 64)),
 ]
 

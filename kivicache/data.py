@@ -7,17 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kivicache.models import MissingPackage
+
 _ALLOWED = "a file, or OWNER/NAME[/CONFIG[/SPLIT]], a dataset on the Hugging Face hub (split: test)"
-
-
-class MissingDatasets(ImportError):
-    """The library that loads a dataset by its name is not installed."""
-
-    def __init__(self, source: str):
-        super().__init__(
-            f"data: {source!r} is no file here, and as a dataset it needs a library: pip install datasets",
-            name="datasets",
-        )
 
 
 def load_text(source: str | None) -> str:
@@ -55,7 +47,7 @@ def _from_hub(source: str) -> list[dict[str, Any]]:
     if not owner or not name or rest or Path(source).suffix in (".jsonl", ".json", ".txt", ".raw"):
         raise ValueError(f"data: got {source!r}; allowed: {_ALLOWED}")
     if find_spec("datasets") is None:
-        raise MissingDatasets(source)
+        raise MissingPackage("datasets", 'pip install "kivicache[eval]"')
     import datasets
 
     try:

@@ -136,7 +136,7 @@ def plot_quality(results: Sequence[Result], path: Path) -> Path:
             axes.scatter(x, y, color=COLORS.get(kind), label=KINDS.get(kind, kind), s=22)
         if logarithmic:
             axes.set_yscale("log")
-        axes.margins(x=0.1)
+        axes.margins(x=0.15)
         axes.set_xlabel(f"true bits per value, scales and minima included\n{title}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ import yaml
 from transformers import Cache
 
 from kivicache.data import load_rows
+from kivicache.models import MissingPackage
 from kivicache.tasks.base import Item, Scores, Subject, Task, asked, check_counts, generate
 
 
@@ -91,7 +92,7 @@ def qa_f1(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
 def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
     """ROUGE-L's F, by the library that LongBench takes it from."""
     if find_spec("rouge") is None:
-        raise ImportError("rouge is not installed; install it with: pip install rouge", name="rouge")
+        raise MissingPackage("rouge", 'pip install "kivicache[eval]"')
     from rouge import Rouge
 
     try:
