@@ -152,6 +152,7 @@ SCHEMES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="a text file, such as WikiText-2's test split")
+    parser.add_argument("--limit", type=int, default=2, help="sequences")
     parser.add_argument("--store", type=Path, default=Path("experiments-records.jsonl"))
     args = parser.parse_args()
     model, tokenizer = load_model()
@@ -161,6 +162,7 @@ def main() -> None:
         [scheme.spec() for scheme in SCHEMES],
         [TASKS["fidelity"].format(text=args.text)],
         store=args.store,
+        limit=args.limit,
         on_progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
     )
     write_csv(results, RESULTS / "experiments.csv", str(model.name_or_path))
