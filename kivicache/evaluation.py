@@ -121,7 +121,8 @@ def evaluate(
         one [`Result`] per task and cache, in the order given.
 
     Raises:
-        ValueError: naming the setting or task that cannot be read.
+        ValueError: naming the setting or task that cannot be read, or the cache that fails on an item. What was
+            measured before is kept.
     """
     subject = Subject(model, tokenizer)
     specs = [CacheSpec.parse(cache) if isinstance(cache, str) else cache for cache in caches]
@@ -155,7 +156,10 @@ def evaluate(
 
 def _run(subject: Subject, task: Task, item: Item, spec: CacheSpec, exact: Any) -> Record:
     cache, start = spec.new(subject.model.config), time.perf_counter()
-    seen = task.observe(subject, item, cache)
+    try:
+        seen = task.observe(subject, item, cache)
+    except (ValueError, RuntimeError) as error:  # transformers' caches refuse some lengths, for one
+        raise ValueError(f"cache {spec.name!r} fails on {task.label}, item {item.name}: {error}") from error
     seconds = time.perf_counter() - start
     return Record(dict(item.place), task.score(item, seen, exact), asdict(cache_bits(cache)), round(seconds, 3))
 

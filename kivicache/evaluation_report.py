@@ -178,6 +178,7 @@ def _heat_map(axes: Axes, result: Result) -> Any:
             own = [r for r in result.records if (r.place["length"], r.place["depth"]) == (length, depth)]
             if own:
                 cells[i, j] = sum(float(next(iter(record.scores.values()))) for record in own) / len(own)
+                axes.text(j, i, f"{cells[i, j].item():.0%}", ha="center", va="center", fontsize=8)
     image = axes.imshow(cells.tolist(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)

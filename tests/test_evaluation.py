@@ -101,6 +101,13 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(caches, tasks, said)
         evaluate(tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: pytest.fail("it ran"))
 
 
+def test_a_cache_that_fails_is_named(fidelity, tmp_path):
+    store = tmp_path / "records.jsonl"
+    with pytest.raises(ValueError, match=r"cache 'hf-quanto:4:g64:a-1/0' fails on fidelity, item 0: "):
+        run(["dynamic", "hf-quanto:4:g64:a-1/0"], [fidelity], store=store)  # 60 tokens: not whole groups of 64
+    assert run(["dynamic"], [fidelity], store=store)[1][0][1] == 2
+
+
 def test_tables_and_files(fidelity, tmp_path):
     pytest.importorskip("matplotlib")
     results, _ = run(CACHES, [fidelity, PASSKEY])
