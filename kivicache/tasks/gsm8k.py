@@ -31,7 +31,7 @@ class GSM8K(Task, name="gsm8k"):
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        check_counts(self, shots=0, limit=1, max_new_tokens=1)
+        check_counts(self, shots=1, limit=1, max_new_tokens=1)
 
     def items(self, subject: Subject) -> list[Item]:
         rows = load_rows(self.data, self.shots + self.limit)
