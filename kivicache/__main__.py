@@ -15,8 +15,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from kivicache import __version__, demo
+from kivicache.caches import CacheSpec
 from kivicache.config import CHOICES, KIVIConfig
+from kivicache.evaluation import OnProgress, evaluate
+from kivicache.evaluation_report import render, report
 from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
+from kivicache.tasks import TASKS, parse_task
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_estimate(commands)
+    _add_eval(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -116,10 +121,7 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    # A download shows the hub's own bars, and two kinds at once would overwrite each other.
-    downloads = model is not None and not Path(model).is_dir()
-    if not downloads:
-        transformers_logging.disable_progress_bar()
+    _quiet_unless_it_downloads(model)
     console = Console(file=sys.stderr)
     with Progress(
         SpinnerColumn(),
@@ -141,6 +143,77 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
             progress.update(tasks[stage], completed=done)
 
         yield on_progress
+
+
+def _quiet_unless_it_downloads(model: str | None) -> None:
+    """A download shows the hub's own bars; where there is none, they would only overwrite ours."""
+    if model is None or Path(model).is_dir():
+        transformers_logging.disable_progress_bar()
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = (
+        "Measure what cache settings cost on a model, through the cache. A cache is dynamic, kivi, kivi:2, kivi:k4v2, "
+        "kivi:2:hadamard, kivi:nbits=2,sink_length=4, paper:2, FILE.yaml, hf-quanto:4, hf-hqq:4 or hf-fp8. A task is "
+        f"one of {', '.join(TASKS)}, with its own fields: fidelity:data=FILE,steps=512 or passkey:lengths=[1024,4096]."
+    )
+    parser = commands.add_parser("eval", help="measure what settings cost on a model", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    parser.add_argument("--cache", nargs="+", default=["dynamic", "kivi:4", "kivi", "kivi:2"], metavar="SETTING")
+    parser.add_argument("--task", nargs="+", default=["fidelity", "greedy", "passkey"], metavar="TASK")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    parser.add_argument("--out", type=Path, default=Path("kivicache-eval"), metavar="FOLDER", help="%(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    for package in ("rich", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingPackage(package, 'pip install "kivicache[eval]"')
+    from rich.console import Console
+
+    device = _device(args.device)
+    caches = [CacheSpec.parse(text) for text in args.cache]
+    tasks = [parse_task(text) for text in args.task]
+    _quiet_unless_it_downloads(args.model)
+    model, tokenizer = load_model(args.model, device)
+    store = args.out / "records.jsonl"
+    with _time_left() as on_progress:
+        options = {"store": store, "limit": args.limit, "on_progress": on_progress}
+        results = evaluate(model, tokenizer, caches, tasks, **options)
+    render(results, Console(highlight=False, markup=False))
+    for file in report(results, args.out, str(model.name_or_path)):
+        print(file)
+    return 0
+
+
+@contextmanager
+def _time_left() -> Iterator[OnProgress]:
+    """One progress bar on stderr that says what runs, how much is done, and how long the rest will take."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(file=sys.stderr)
+    left = TimeRemainingColumn(elapsed_when_finished=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    with Progress(
+        TextColumn("{task.description:<28.28}"),
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    ) as progress:
+        bar = progress.add_task("")
+        yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
 
 
 def _config(args: argparse.Namespace) -> KIVIConfig:
