@@ -139,7 +139,9 @@ def test_an_answer_is_what_the_model_says_through_the_cache(subject):
     task = Passkey()
     item = Item("0", torch.randint(3, VOCAB, (70,)).tolist(), 60, {"answers": ["w5"], "max_new_tokens": 12})
     expected = greedy(subject.model, item.token_ids, 60, KIVICache(COARSE), 12)
-    assert task.observe(subject, item, KIVICache(COARSE)) == subject.tokenizer.decode(expected, skip_special_tokens=True)
+    assert task.observe(subject, item, KIVICache(COARSE)) == subject.tokenizer.decode(
+        expected, skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize(
