@@ -15,8 +15,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from kivicache import __version__, demo
+from kivicache.caches import CacheSpec
 from kivicache.config import CHOICES, KIVIConfig
+from kivicache.evaluation import OnProgress, evaluate
+from kivicache.evaluation_report import render, report
 from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
+from kivicache.tasks import TASKS, parse_task
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kivicache {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_estimate(commands)
+    _add_eval(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -54,6 +60,40 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
     parser.set_defaults(run=_demo)
+
+
+def _add_estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Bytes of a model's weights and cache, from its config alone, and what fits into a GPU."
+    parser = commands.add_parser("estimate", help="bytes of weights and cache", description=description)
+    parser.add_argument("--model", metavar="NAME", required=True, help="hub model, local folder or config.json")
+    parser.add_argument("--context", type=_positive, required=True, metavar="N", help="tokens of each sequence")
+    parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences (default: %(default)s)")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
+    bits.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+    parser.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="also say what fits into so many GiB")
+    parser.add_argument("--fixed", action="store_true", help="a cache of fixed capacity, max_cache_len=N")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from kivicache.estimate import estimate
+
+    found = estimate(
+        args.model,
+        _config(args),
+        context=args.context,
+        batch=args.batch,
+        gpu_memory=args.gpu_memory,
+        fixed=args.fixed,
+    )
+    if args.json:
+        print(json.dumps(vars(found), indent=2))
+    else:
+        width = max(len(label) for label, _ in found.rows())
+        print("\n".join(f"{label:<{width}}  {text}" for label, text in found.rows()))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -81,10 +121,7 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    # A download shows the hub's own bars, and two kinds at once would overwrite each other.
-    downloads = model is not None and not Path(model).is_dir()
-    if not downloads:
-        transformers_logging.disable_progress_bar()
+    _quiet_unless_it_downloads(model)
     console = Console(file=sys.stderr)
     with Progress(
         SpinnerColumn(),
@@ -106,6 +143,77 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
             progress.update(tasks[stage], completed=done)
 
         yield on_progress
+
+
+def _quiet_unless_it_downloads(model: str | None) -> None:
+    """A download shows the hub's own bars; where there is none, they would only overwrite ours."""
+    if model is None or Path(model).is_dir():
+        transformers_logging.disable_progress_bar()
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = (
+        "Measure what cache settings cost on a model, through the cache. A cache is dynamic, kivi, kivi:2, kivi:k4v2, "
+        "kivi:2:hadamard, kivi:nbits=2,sink_length=4, paper:2, FILE.yaml, hf-quanto:4, hf-hqq:4 or hf-fp8. A task is "
+        f"one of {', '.join(TASKS)}, with its own fields: fidelity:data=FILE,steps=512 or passkey:lengths=[1024,4096]."
+    )
+    parser = commands.add_parser("eval", help="measure what settings cost on a model", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    parser.add_argument("--cache", nargs="+", default=["dynamic", "kivi:4", "kivi", "kivi:2"], metavar="SETTING")
+    parser.add_argument("--task", nargs="+", default=["fidelity", "greedy", "passkey"], metavar="TASK")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    parser.add_argument("--out", type=Path, default=Path("kivicache-eval"), metavar="FOLDER", help="%(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    for package in ("rich", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingPackage(package, 'pip install "kivicache[eval]"')
+    from rich.console import Console
+
+    device = _device(args.device)
+    caches = [CacheSpec.parse(text) for text in args.cache]
+    tasks = [parse_task(text) for text in args.task]
+    _quiet_unless_it_downloads(args.model)
+    model, tokenizer = load_model(args.model, device)
+    store = args.out / "records.jsonl"
+    with _time_left() as on_progress:
+        options = {"store": store, "limit": args.limit, "on_progress": on_progress}
+        results = evaluate(model, tokenizer, caches, tasks, **options)
+    render(results, Console(highlight=False, markup=False))
+    for file in report(results, args.out, str(model.name_or_path)):
+        print(file)
+    return 0
+
+
+@contextmanager
+def _time_left() -> Iterator[OnProgress]:
+    """One progress bar on stderr that says what runs, how much is done, and how long the rest will take."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(file=sys.stderr)
+    left = TimeRemainingColumn(elapsed_when_finished=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    with Progress(
+        TextColumn("{task.description:<28.28}"),
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    ) as progress:
+        bar = progress.add_task("")
+        yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
 
 
 def _config(args: argparse.Namespace) -> KIVIConfig:
@@ -132,6 +240,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from 1")
     return int(text)
+
+
+def _gib(text: str) -> int:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a positive number of GiB")
+    return int(size * 2**30)
 
 
 def _text(text: str) -> str:

@@ -6,6 +6,10 @@ prefilled with its first tokens, and the rest is fed through the cache in steps.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -37,11 +41,23 @@ def step_log_probs(model: nn.Module, tokens: Tensor, cache: Cache, prefill: int,
     Returns:
         float32 ``[batch, tokens - prefill - 1, vocabulary]``: position ``i`` predicts ``tokens[:, prefill + 1 + i]``.
     """
-    model(tokens[:, :prefill], past_key_values=cache, logits_to_keep=1)
+    name = cache_argument(model)
+    model(tokens[:, :prefill], **{name: cache}, logits_to_keep=1)
     rest = tokens[:, prefill:-1].split(step, dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits.float().log_softmax(-1) for piece in rest], dim=1)
+    return torch.cat([model(piece, **{name: cache}).logits.float().log_softmax(-1) for piece in rest], dim=1)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What ``forward`` and ``generate`` call the cache: ``past_key_values``, or ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def kl_divergence(exact: Tensor, log_probs: Tensor) -> Tensor:
     """KL(exact || log_probs) of every token, in nats: log probabilities ``[..., vocabulary]`` to ``[...]``."""
     return (exact.exp() * (exact - log_probs)).sum(-1)
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """The first index at which two sequences differ or only one has ended; None where they are equal."""
+    pairs = enumerate(zip_longest(first, second))
+    return next((index for index, (one, other) in pairs if one != other), None)

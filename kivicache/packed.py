@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from kivicache.buffer import TokenBuffer
 from kivicache.packing import unpack, words_per_token
 from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
-from kivicache.triton import serves
+from kivicache.triton import on_device, serves
 
 # Tokens that are quantized or dequantized at once where torch does it: bounds the float32 temporaries, however long
 # the cache is. A kernel needs none, and takes all tokens in one launch.
@@ -42,7 +42,7 @@ class PackedTokens:
         self.minimum = TokenBuffer(like, groups_width, METADATA_DTYPE)
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return self.codes.stop - self.codes.start
 
     @property
     def tokens_per_group(self) -> int:
@@ -52,26 +52,27 @@ class PackedTokens:
     def append(self, states: Tensor) -> None:
         """Quantize ``[batch, heads, tokens, head_dim]`` and add them; ``tokens`` in multiples of tokens_per_group."""
         at_once = self.rotation is None and self.backend.has_kernel(states.device)
-        for part in states.detach().split(states.shape[2] if at_once else self._chunk_length, dim=2):
+        for start, stop in self._chunks(0, states.shape[2], at_once):
+            part = states[:, :, start:stop].detach()
             if self.rotation is not None:
-                part = hadamard(part.float())
-            tokens = part.shape[2], part.shape[2] // self.tokens_per_group, part.shape[2] // self.tokens_per_group
-            words, scale, minimum = (buffer.room(n) for buffer, n in zip(self.buffers, tokens, strict=True))
-            self.backend.quantize_pack(part, self.nbits, self.group_size, self.axis, (words, scale, minimum))
-            for buffer, n in zip(self.buffers, tokens, strict=True):
-                buffer.advance(n)
+                part = _rotated(part)
+            groups = (stop - start) // self.tokens_per_group
+            room = self.codes.room(stop - start), self.scale.room(groups), self.minimum.room(groups)
+            self.backend.quantize_pack(part, self.nbits, self.group_size, self.axis, room)
+            self.codes.advance(stop - start)
+            self.scale.advance(groups)
+            self.minimum.advance(groups)
 
     def copy_to(self, out: Tensor, start: int, stop: int) -> None:
         """Write tokens ``start`` to ``stop``, dequantized, into ``out``; ``start`` a multiple of tokens_per_group."""
-        if self.rotation is None and serves(out.device):
-            return self._dequantize(out, start, stop)
-        for first in range(start, stop, self._chunk_length):
-            last = min(first + self._chunk_length, stop)
-            states = torch.empty(*out.shape[:2], last - first, self.head_dim, device=out.device)
-            self._dequantize(states, first, last)
-            if self.rotation is not None:
-                states = hadamard(states)
-            out[:, :, first - start : last - start] = states
+        for first, last in self._chunks(start, stop, at_once=self.rotation is None and serves(out.device)):
+            part = out[:, :, first - start : last - start]
+            if self.rotation is None:
+                self._dequantize(part, first, last)
+            else:
+                states = torch.empty(part.shape, device=out.device)
+                self._dequantize(states, first, last)
+                part.copy_(_rotated(states))
 
     def _dequantize(self, out: Tensor, start: int, stop: int) -> None:
         """Write ``codes * scale + minimum`` of the tokens into ``out``, computed in float32 and rounded once."""
@@ -80,16 +81,17 @@ class PackedTokens:
         if serves(out.device):
             from kivicache.triton.unpack import unpack_dequantize  # triton is optional
 
-            with torch.cuda.device_of(out):
+            with on_device(out):
                 words = self.codes.read(start, stop)
                 return unpack_dequantize(words, scale, minimum, self.nbits, self.group_size, self.axis, out)
         codes = unpack(self.codes.read(start, last * self.tokens_per_group), self.nbits, self.head_dim)
         out.copy_(dequantize(codes, scale, minimum, self.group_size, self.axis)[:, :, : stop - start])
 
-    @property
-    def _chunk_length(self) -> int:
-        """``CHUNK_LENGTH`` in whole groups."""
-        return max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
+    def _chunks(self, start: int, stop: int, at_once: bool) -> Iterator[tuple[int, int]]:
+        """The tokens in parts of ``CHUNK_LENGTH`` in whole groups, or in one."""
+        length = max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
+        for first in range(start, stop, max(stop - start, 1) if at_once else length):
+            yield first, stop if at_once else min(first + length, stop)
 
     def snapshot(self) -> PackedTokens:
         """The tokens as they are now, see [`TokenBuffer.snapshot`]."""
@@ -121,3 +123,13 @@ class PackedTokens:
     @property
     def buffers(self) -> tuple[TokenBuffer, TokenBuffer, TokenBuffer]:
         return self.codes, self.scale, self.minimum
+
+
+def _rotated(states: Tensor) -> Tensor:
+    """The Hadamard rotation of ``states`` ``[..., head_dim]``, in float32."""
+    if not serves(states.device):
+        return hadamard(states.float())
+    from kivicache.triton.rotate import rotate  # triton is optional
+
+    with on_device(states):
+        return rotate(states.contiguous(), torch.float32)

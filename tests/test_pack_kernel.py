@@ -49,7 +49,7 @@ def check(states, nbits, group_size, axis):
     assert torch.equal(words, expected)
     # Triton's interpreter cuts float32 off where bfloat16 is to be rounded
     dtype = torch.float32 if DEVICE == "cpu" and states.dtype == torch.bfloat16 else states.dtype
-    restored = torch.full_like(states, 7, dtype=dtype)
+    restored = torch.full(states.shape, 7, dtype=dtype, device=DEVICE)
     unpack_dequantize(words, scale, minimum, nbits, group_size, axis, restored)
     dense = dequantize(unpack(words, nbits, states.shape[3]), scale, minimum, group_size, axis)
     assert same(restored, dense.to(dtype))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kivicache.backends.base import Backend
 from kivicache.quantization import quantize
-from kivicache.triton import serves
+from kivicache.triton import on_device, serves
 
 
 class NativeBackend(Backend, name="native"):
@@ -23,7 +23,7 @@ class NativeBackend(Backend, name="native"):
             return super().quantize_pack(states, nbits, group_size, axis, out)
         from kivicache.triton.pack import quantize_pack  # triton is optional
 
-        with torch.cuda.device_of(states):
+        with on_device(states):
             quantize_pack(states, nbits, group_size, axis, out)
 
     def has_kernel(self, device: torch.device) -> bool:

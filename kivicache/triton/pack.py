@@ -35,6 +35,12 @@ def _join_ranges(low_a, high_a, low_b, high_b):
 
 
 @triton.jit
+def _group_range(x, ok, dim: tl.constexpr):
+    """The range of a group's values that are ok."""
+    return tl.reduce((tl.where(ok, x, float("inf")), tl.where(ok, x, -float("inf"))), dim, _join_ranges)
+
+
+@triton.jit
 def _scale_minimum(low, high, LEVELS: tl.constexpr):
     """float16 scale and minimum of groups from their ends; the minimum is NaN where an end is not finite."""
     span = high - low
@@ -170,8 +176,7 @@ def pack_token_kernel(
             c = g * G + r
             ok_g = t_ok[:, None] & ((r < G) & (c < D))[None, :]
             x = tl.load(x_ptr + t[:, None] * stride_xt + c[None, :], mask=ok_g, other=0.0).to(tl.float32)
-            low, high = tl.where(ok_g, x, float("inf")), tl.where(ok_g, x, -float("inf"))
-            low, high = tl.reduce((low, high), 1, _join_ranges)
+            low, high = _group_range(x, ok_g, 1)
             scale, minimum = _scale_minimum(low, high, LEVELS)
             tl.store(scale_ptr + o_group + t * NG + g, scale, mask=t_ok)
             tl.store(min_ptr + o_group + t * NG + g, minimum, mask=t_ok)

@@ -21,8 +21,15 @@ REGISTERS = 168
 # needs no barrier and no trip through shared memory, and does not repeat the addresses four times over.
 PORTABLE_WARPS_NVIDIA = 1
 PORTABLE_WARPS = 4
-# Values of a warp of the pack kernels: 128 a thread.
-PACK_VALUES = 4096
+# Values of a warp of pack_channel_kernel, 128 a thread, and of pack_token_kernel and unpack_kernel, 64 a thread. What
+# decided, in microseconds for 8 heads of 32768 tokens, head_dim 128, bfloat16, groups of 32; a copy of as many bytes
+# takes 24, 26 and 30 at 2, 4 and 8 bits:
+#   packing by channel: 128 values a thread in vectors of 2 words 42, 41, 39; of 4 words 50, 44, 43; 64 values a thread
+#       61, 52, 40; two warps to a tile 48, 42, 37
+#   packing by token: 64 values a thread 40, 36, 36; 128 values 40, 38, 63 (at 8 bits the registers run out)
+#   unpacking by channel: 64 values a thread 28, 27, 31; 128 values 31, 30, 33; by token 29, 28, 31 and 30, 28, 31
+PACK_CHANNEL_VALUES = 4096
+TOKEN_VALUES = 2048
 
 
 @functools.lru_cache
@@ -35,6 +42,7 @@ def max_registers(rows: int, head_dim: int) -> int | None:
     return REGISTERS if rows <= 8 and head_dim <= 128 else None
 
 
+@functools.lru_cache
 def resident_programs(nbits: tuple[int, int], head_dim: int, rows: int, device: torch.device) -> int:
     """How many programs of decode_nvidia run at once on the device: by registers and by shared memory."""
     properties = _device(device.index if device.index is not None else torch.cuda.current_device())
@@ -47,6 +55,7 @@ def resident_programs(nbits: tuple[int, int], head_dim: int, rows: int, device: 
     return int(properties.multi_processor_count * min(by_shared, by_registers))
 
 
+@functools.lru_cache(maxsize=4096)
 def splits(tiles: int, heads: int, slots: int) -> int:
     """Programs per key head, so that all programs run at once and end together.
 
@@ -65,11 +74,29 @@ def splits(tiles: int, heads: int, slots: int) -> int:
     return best[1] if best else 1
 
 
-def portable_splits(tokens: int, programs: int, device: torch.device) -> int:
+def fast_splits(
+    nbits: tuple[int, int], head_dim: int, packed: int, full: int, heads: int, rows: int, device: torch.device
+) -> int:
+    """Programs per key head for decode_nvidia, given its tokens, packed and in full precision."""
+    block = max(8, 1 << (min(rows, MAX_ROWS) - 1).bit_length())
+    tiles = -(-packed // BLOCK_T) + 2 * (-(-full // 32) + 1)
+    return splits(tiles, heads * -(-rows // block), resident_programs(nbits, head_dim, block, device))
+
+
+def portable_splits(tokens: int, heads: int, rows: int, device: torch.device) -> int:
     """Programs per key head for the portable kernel: as many as run at once, at least 64 tokens each."""
     count = _device(device.index or 0).multi_processor_count if device.type == "cuda" else 2
     slots = count * (8 if portable_warps(device) == 1 else 4)
-    return max(1, min(-(-tokens // 64), slots // max(programs, 1)))
+    return max(1, min(-(-tokens // 64), slots // (heads * -(-rows // 64))))
+
+
+def portable_block(group_sizes: tuple[int, int], axes: tuple[str, str]) -> int:
+    """Tokens of a tile of the portable kernel: one group of the channel axis, so that a tile needs one row of scales.
+
+    16 tokens are what a dot needs, and more than 32 cost more registers than they save instructions.
+    """
+    along_tokens = [size for size, axis in zip(group_sizes, axes, strict=True) if axis == "channel"]
+    return 16 if any(size % 32 for size in along_tokens) else 32
 
 
 def portable_warps(device: torch.device) -> int:
@@ -85,24 +112,24 @@ def pack_channel_tile(nbits: int, words: int, group_size: int) -> dict[str, int]
     """
     block_g = _power_of_two(group_size)
     warps = min(max(block_g // 32, 1), 8)
-    block_w = max(min(_power_of_two(words), PACK_VALUES * warps * nbits // 16 // block_g), 1)
+    block_w = max(min(_power_of_two(words), PACK_CHANNEL_VALUES * warps * nbits // 16 // block_g), 1)
     return {"BLOCK_G": block_g, "BLOCK_W": block_w, "VECTOR": min(2, block_w), "num_warps": warps}
 
 
 def pack_token_tile(nbits: int, words: int, group_size: int) -> dict[str, int]:
-    """Blocks of pack_token_kernel: as many tokens as make PACK_VALUES values."""
+    """Blocks of pack_token_kernel: as many tokens as make TOKEN_VALUES values."""
     block_w, block_g = _power_of_two(words), _power_of_two(group_size)
-    block_t = max(PACK_VALUES // max(block_w * 16 // nbits, block_g), 1)
+    block_t = max(TOKEN_VALUES // max(block_w * 16 // nbits, block_g), 1)
     return {"BLOCK_T": block_t, "BLOCK_W": block_w, "BLOCK_G": block_g, "num_warps": 1}
 
 
 def unpack_tile(nbits: int, words: int, tokens_per_group: int | None) -> dict[str, int]:
-    """Blocks of unpack_kernel: as many tokens as make PACK_VALUES values, all of one group where groups are of tokens.
+    """Blocks of unpack_kernel: as many tokens as make TOKEN_VALUES values.
 
-    Then one row of scales serves the tile; a scale per value would have to be loaded with it.
+    Where groups are of tokens, all tokens of a tile are of one group, so that one row of scales serves them.
     """
     block_w = _power_of_two(words)
-    block_t = max(PACK_VALUES // (block_w * 16 // nbits), 1)
+    block_t = max(TOKEN_VALUES // (block_w * 16 // nbits), 1)
     if tokens_per_group is not None:
         block_t = min(block_t, tokens_per_group & -tokens_per_group)
     return {"BLOCK_T": block_t, "BLOCK_W": block_w, "num_warps": 1}
