@@ -69,7 +69,7 @@ class FixedPackedStates(PackedStates):
         s_aux: Tensor | None,
     ) -> Tensor:
         assert isinstance(value, FixedPackedStates)
-        arguments = (
+        return torch.ops.kivicache.attend(
             query,
             self.tensors,
             value.tensors,
@@ -84,9 +84,6 @@ class FixedPackedStates(PackedStates):
             value.form.axis,
             self.form.rotation is not None,
         )
-        if torch.compiler.is_compiling():
-            return torch.ops.kivicache.attend(*arguments)
-        return _attend(*arguments)
 
     @classmethod
     def __torch_function__(
@@ -220,7 +217,7 @@ def append_step(
     if not kernels:
         return append(keys, values, lengths, key_states, value_states)
     form = keys.format
-    arguments = (
+    torch.ops.kivicache.append(
         list(keys.tensors),
         list(values.tensors),
         lengths,
@@ -235,7 +232,3 @@ def append_step(
         form.block_length,
         form.max_cache_len,
     )
-    if torch.compiler.is_compiling():
-        torch.ops.kivicache.append(*arguments)
-    else:
-        _append(*arguments)
