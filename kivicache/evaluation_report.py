@@ -191,7 +191,8 @@ def _heat_map(axes: Axes, result: Result) -> Any:
     image = axes.imshow(cells.tolist(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
-    axes.set_title(f"{result.cache.name}\n{result.metrics['bits_per_value']:.1f} bits", fontsize=9)
+    packed, whole = (result.metrics[name] for name in BITS)
+    axes.set_title(f"{result.cache.name}\n{packed:.1f} bits packed, {whole:.1f} whole cache", fontsize=8)
     return image
 
 
