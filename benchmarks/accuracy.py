@@ -24,6 +24,7 @@ OWN = (
     + [f"kivi:{bits}:hadamard" for bits in ("4", "k4v2", "2")]
     + [f"kivi:{bits}:r32:s4{rotation}" for bits in ("4", "k4v2", "2") for rotation in ("", ":hadamard")]
     + ["paper:4", "paper:k4v2", "paper:2"]
+    + [f"kivi:{name}" for name in ("2.5bit", "3.5bit")]  # the other presets are above
 )
 TRANSFORMERS = (
     ["hf-fp8", "hf-quanto:4", "hf-quanto:2", "hf-hqq:8", "hf-hqq:4", "hf-hqq:2"]
@@ -32,10 +33,19 @@ TRANSFORMERS = (
 )
 TASKS = {
     "fidelity": "fidelity:data={text}",
-    "greedy": "greedy:data={text},prompts=4,prefill=512,tokens=64",
-    "passkey": "passkey:lengths=[1024,2048],depths=4",
+    "greedy": "greedy:data={text},prompts=12,prefill=512,tokens=64",
+    "passkey": "passkey:lengths=[512,1024],depths=4,samples=3",
 }
-FEW = ["dynamic", "kivi:4", "kivi", "kivi:2", "kivi:2:hadamard", "paper:2", "hf-quanto:4", "hf-quanto:2"]
+FEW = {
+    "greedy": [
+        *("dynamic", "kivi:5bit", "kivi:4bit", "kivi:3bit"),
+        *("kivi", "kivi:2", "paper:2", "hf-quanto:4"),
+    ],
+    "passkey": [
+        *("dynamic", "kivi:5bit", "kivi:4bit", "kivi:3.5bit", "kivi:3bit", "kivi:2.5bit", "kivi:4", "kivi", "kivi:2"),
+        *("paper:2", "hf-quanto:4", "hf-quanto:2"),
+    ],
+}
 
 
 def main() -> None:
@@ -47,7 +57,7 @@ def main() -> None:
     model, tokenizer = load_model()
     for name in args.task or TASKS:
         task = TASKS[name].format(text=args.text)
-        caches = OWN + TRANSFORMERS if name == "fidelity" else FEW
+        caches = FEW.get(name, OWN + TRANSFORMERS)
         results = evaluate(
             model,
             tokenizer,

@@ -1,4 +1,4 @@
-"""Ideas measured before they are built: 3-bit codes, 8-bit scales and minima, boosted key channels, more sinks.
+"""Ideas measured before they are built: 3-bit codes, 8-bit scales and minima, boosted key channels, one side rotated.
 
     python -m benchmarks.experiments --text wiki.test.raw
 
@@ -28,32 +28,38 @@ from kivicache.policy import packed_lengths
 from kivicache.quantization import dequantize, encode, quantize
 from kivicache.rotation import hadamard
 
+BOTH = ("key", "value")
 BLOCK = 32  # tokens that leave the window together, and whose scales share a second level
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to quantize. ``boosted``: the share of key channels, the largest of each group, that get 4 bits."""
+    """A way to quantize.
+
+    Attributes:
+        boosted: the share of key channels, the largest of each group, that get 4 bits.
+        rotated: the sides that are rotated.
+    """
 
     nbits_key: int = 2
     nbits_value: int = 2
     group_size: int = 32
     scale_bits: int = 16
     boosted: float = 0.0
-    rotated: bool = False
+    rotated: tuple[str, ...] = ()
     sinks: int = 32
 
     def spec(self) -> Simulated:
         name = f"K{self.nbits_key}V{self.nbits_value} g{self.group_size}"
         name += " 8-bit scales" if self.scale_bits == 8 else ""
         name += f" {self.boosted:.1%} of key channels 4 bits" if self.boosted else ""
-        name += " hadamard" if self.rotated else ""
+        name += f" hadamard {' and '.join(self.rotated)}" if self.rotated else ""
         name += f" {self.sinks} sinks" if self.sinks != 32 else ""
         return Simulated(name, "simulated", asdict(self))
 
     def restored(self, states: Tensor, side: str) -> Tensor:
         """Keys or values ``[batch, heads, tokens, head_dim]`` as they come back."""
-        turned = hadamard(states.float()) if self.rotated else states.float()
+        turned = hadamard(states.float()) if side in self.rotated else states.float()
         nbits, axis = (self.nbits_key, "channel") if side == "key" else (self.nbits_value, "token")
         back = self._restored(turned, nbits, axis)
         if side == "key" and self.boosted:
@@ -61,7 +67,7 @@ class Scheme:
             chosen = groups.topk(round(self.boosted * states.shape[3]), dim=-1).indices
             mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, chosen, True)
             back = torch.where(mask.repeat_interleave(self.group_size, 2), self._restored(turned, 4, axis), back)
-        return (hadamard(back) if self.rotated else back).to(states.dtype)
+        return (hadamard(back) if side in self.rotated else back).to(states.dtype)
 
     def _restored(self, states: Tensor, nbits: int, axis: str) -> Tensor:
         codes, scale, minimum = quantize(states, nbits, self.group_size, axis)
@@ -138,13 +144,15 @@ SCHEMES = [
     Scheme(nbits_key=4),
     Scheme(nbits_key=4, scale_bits=8),
     Scheme(nbits_key=4, nbits_value=3, scale_bits=8),
-    Scheme(rotated=True),
-    Scheme(rotated=True, scale_bits=8),
-    Scheme(rotated=True, group_size=16, scale_bits=8),
-    Scheme(rotated=True, boosted=0.25),
-    Scheme(rotated=True, nbits_key=3, scale_bits=8),
-    Scheme(rotated=True, nbits_key=3, nbits_value=3, scale_bits=8),
-    Scheme(rotated=True, nbits_key=4, scale_bits=8),
+    Scheme(rotated=BOTH),
+    Scheme(rotated=BOTH, scale_bits=8),
+    Scheme(rotated=BOTH, group_size=16, scale_bits=8),
+    Scheme(rotated=BOTH, boosted=0.25),
+    Scheme(rotated=BOTH, nbits_key=3, scale_bits=8),
+    Scheme(rotated=BOTH, nbits_key=3, nbits_value=3, scale_bits=8),
+    Scheme(rotated=BOTH, nbits_key=4, scale_bits=8),
+    *(Scheme(nbits_key=keys, rotated=(side,)) for keys in (2, 4) for side in BOTH),
+    Scheme(nbits_key=4, rotated=BOTH),
     *(Scheme(sinks=sinks) for sinks in (0, 4, 64)),
 ]
 
@@ -152,7 +160,7 @@ SCHEMES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="a text file, such as WikiText-2's test split")
-    parser.add_argument("--limit", type=int, default=2, help="sequences")
+    parser.add_argument("--limit", type=int, default=4, help="sequences")
     parser.add_argument("--store", type=Path, default=Path("experiments-records.jsonl"))
     args = parser.parse_args()
     model, tokenizer = load_model()

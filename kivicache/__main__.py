@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from kivicache import __version__, demo
 from kivicache.caches import CacheSpec
-from kivicache.config import CHOICES, KIVIConfig
+from kivicache.config import CHOICES, PRESETS, KIVIConfig
 from kivicache.evaluation import OnProgress, evaluate
 from kivicache.evaluation_report import render, report
 from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
@@ -52,9 +52,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     description = "Generate the same text with DynamicCache and with KIVICache, and compare text, speed and memory."
     parser = commands.add_parser("demo", help="compare KIVICache with full precision", description=description)
     parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
-    bits = parser.add_mutually_exclusive_group()
-    bits.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
-    bits.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+    _add_config(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="default: %(default)s")
     parser.add_argument("--prompt", type=_text, default=PROMPT, metavar="TEXT", help="default: a page of Alice")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -68,9 +66,7 @@ def _add_estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--model", metavar="NAME", required=True, help="hub model, local folder or config.json")
     parser.add_argument("--context", type=_positive, required=True, metavar="N", help="tokens of each sequence")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences (default: %(default)s)")
-    bits = parser.add_mutually_exclusive_group()
-    bits.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
-    bits.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+    _add_config(parser)
     parser.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="also say what fits into so many GiB")
     parser.add_argument("--fixed", action="store_true", help="a cache of fixed capacity, max_cache_len=N")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
@@ -154,8 +150,9 @@ def _quiet_unless_it_downloads(model: str | None) -> None:
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     description = (
         "Measure what cache settings cost on a model, through the cache. A cache is dynamic, kivi, kivi:2, kivi:k4v2, "
-        "kivi:2:hadamard, kivi:nbits=2,sink_length=4, paper:2, FILE.yaml, hf-quanto:4, hf-hqq:4 or hf-fp8. A task is "
-        f"one of {', '.join(TASKS)}, with its own fields: fidelity:data=FILE,steps=512 or passkey:lengths=[1024,4096]."
+        "kivi:2:hadamard, kivi:3bit, kivi:nbits=2,sink_length=4, paper:2, FILE.yaml, hf-quanto:4, hf-hqq:4 or hf-fp8. "
+        f"A task is one of {', '.join(TASKS)}, with its own fields: fidelity:data=FILE,steps=512 or "
+        "passkey:lengths=[1024,4096]."
     )
     parser = commands.add_parser("eval", help="measure what settings cost on a model", description=description)
     parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
@@ -216,7 +213,16 @@ def _time_left() -> Iterator[OnProgress]:
         yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
 
 
+def _add_config(parser: _Parser) -> None:
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
+    one.add_argument("--preset", choices=PRESETS, help="the best setting found for so many bits, with rotation")
+    one.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+
+
 def _config(args: argparse.Namespace) -> KIVIConfig:
+    if args.preset is not None:
+        return KIVIConfig.preset(args.preset)
     if args.config is None:
         return KIVIConfig(nbits=args.nbits)
     try:

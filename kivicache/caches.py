@@ -5,6 +5,7 @@ kivi                         KIVICache with its defaults
 kivi:2   kivi:k4v2           bits of both, or of keys and values
 kivi:2:g64:r32:s4            groups of 64, a residual of 32, 4 sinks
 kivi:2:hadamard   kivi:4:hqq rotation, backend
+kivi:3bit   kivi:3bit:r64    a preset of KIVIConfig, or with a field of its own
 kivi:nbits=2,rotation=null   any field of KIVIConfig by its name
 paper:2                      KIVI to the letter; takes what kivi takes
 my-model.yaml                a KIVIConfig, or a KVTuner preset, from a file
@@ -27,7 +28,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
 from kivicache.cache import KIVICache
-from kivicache.config import CHOICES, KIVIConfig
+from kivicache.config import CHOICES, PRESETS, KIVIConfig
 
 PAPER = {"group_size": 32, "residual_length": 128, "sink_length": 0, "policy": "paper"}
 _HF_FIELDS = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
@@ -108,15 +109,16 @@ def _kivi_words(words: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for word in words:
         if word in CHOICES["rotation"]:
-            found: dict[str, Any] = {"rotation": word}
+            found: Mapping[str, Any] = {"rotation": word}
         elif word in CHOICES["backend"]:
             found = {"backend": word}
+        elif word in PRESETS:
+            found = PRESETS[word]
         elif pair := re.fullmatch(r"k(\d+)v(\d+)", word):
             found = {"nbits_key": int(pair[1]), "nbits_value": int(pair[2])}
         else:
-            found = _number_word(
-                word, "a number of bits, kXvY, gN, rN, sN, hadamard, native, hqq, quanto, FIELD=VALUE"
-            )
+            names = ", ".join(map(str, (*PRESETS, *CHOICES["rotation"][1:], *CHOICES["backend"])))
+            found = _number_word(word, f"a number of bits, kXvY, gN, rN, sN, {names}, FIELD=VALUE")
         settings |= found
     return settings
 

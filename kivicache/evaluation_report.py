@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from kivicache import __version__
+from kivicache.caches import CacheSpec
 from kivicache.evaluation import Result
 from kivicache.models import MissingPackage
 
@@ -42,9 +43,16 @@ QUALITY = {
     "equal_tokens": ("tokens equal to full precision's", False),
 }
 BITS = {
-    "bits_per_packed_value": "of the quantized values: what long contexts come to",
-    "bits_per_value": "of all cached values at the length measured, exact tokens in 16 bits",
+    "bits_per_packed_value": "packed: what has left the window, as long contexts come to",
+    "bits_per_value": "whole cache at the length measured, exact tokens in 16 bits",
 }
+# where a name may stand beside its point, in points and with its alignments: close, or further off with a thin line
+PLACES = [((6, 0), "left", "center"), ((-6, 0), "right", "center"), ((0, 5), "center", "bottom")] + [
+    ((x * distance, y * distance), align, "center")
+    for distance in (12, 20, 30, 42)
+    for x, y in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0.4), (1, -0.4), (-1, 0.4), (-1, -0.4))
+    for align in ("left" if x > 0 else "right",)
+]
 COLORS = {"kivi": "#0b6e4f", "quanto": "#c1666b", "hqq": "#d4a03a", "fp8": "#6c757d", "dynamic": "#222222"}
 KINDS = {
     "kivi": "KIVICache",
@@ -71,9 +79,8 @@ def render(results: Sequence[Result], console: Console) -> None:
 
     for own in by_task(results).values():
         names = list(own[0].metrics)
-        table = Table(
-            title=_named(own[0]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
+        console.print(_named(own[0]), style="bold", soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("cache", overflow="fold")
         for name in names:
             table.add_column(_heading(name), justify="right", no_wrap=True)
@@ -123,28 +130,30 @@ def write_csv(results: Sequence[Result], path: Path, model: str) -> Path:
 
 
 def plot_quality(results: Sequence[Result], path: Path) -> Path:
-    """Quality against true bits, a point for each setting: of the quantized values, and of all that was cached."""
+    """Quality against true bits, a point for each setting: of what is packed, and of the whole cache."""
     pyplot = _pyplot()
     metric = next((name for name in results[0].metrics if name in QUALITY), list(results[0].metrics)[-1])
     label, logarithmic = QUALITY.get(metric, (_heading(metric), False))
-    shown = [r for r in results if not logarithmic or r.metrics[metric] > 1e-9]
-    figure, panels = pyplot.subplots(1, 2, figsize=(14, 7), sharey=True, layout="constrained")
+    shown = [result for result in results if not logarithmic or result.metrics[metric] > 1e-9]
+    figure, panels = pyplot.subplots(1, 2, figsize=(15, 8), sharey=True, layout="constrained")
     for axes, (bits, title) in zip(panels, BITS.items(), strict=True):
         for kind in dict.fromkeys(result.cache.kind for result in shown):
             own = [result.metrics for result in shown if result.cache.kind == kind]
             x, y = [metrics[bits] for metrics in own], [metrics[metric] for metrics in own]
-            axes.scatter(x, y, color=COLORS.get(kind), label=KINDS.get(kind, kind), s=22)
+            axes.scatter(x, y, color=COLORS.get(kind), label=KINDS.get(kind, kind), s=22, zorder=3)
         if logarithmic:
             axes.set_yscale("log")
-        axes.margins(x=0.15)
-        axes.set_xlabel(f"true bits per value, scales and minima included\n{title}")
+        axes.margins(x=0.12, y=0.06)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("true bits per value, scales and minima included")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(label)
-    panels[1].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"{_named(results[0])}", fontsize=9, color="#555555")
     figure.canvas.draw()
     for axes, bits in zip(panels, BITS, strict=True):
-        _name_points(axes, [(r.metrics[bits], r.metrics[metric], r.cache.name) for r in shown])
+        _name_points(axes, [(r.metrics[bits], r.metrics[metric], r.cache) for r in shown])
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
@@ -182,29 +191,52 @@ def _heat_map(axes: Axes, result: Result) -> Any:
     image = axes.imshow(cells.tolist(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
-    axes.set_title(f"{result.cache.name}\n{result.metrics['bits_per_value']:.1f} bits", fontsize=9)
+    packed, whole = (result.metrics[name] for name in BITS)
+    axes.set_title(f"{result.cache.name}\n{packed:.1f} bits packed, {whole:.1f} whole cache", fontsize=8)
     return image
 
 
-def _name_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+def _name_points(axes: Axes, points: list[tuple[float, float, CacheSpec]]) -> None:
     """Write each name beside its point, where it covers no other; where there is no room, leave it out."""
+    line = {"arrowstyle": "-", "lw": 0.4, "color": "#999999", "shrinkA": 0, "shrinkB": 2}
     dots = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken: list[Any] = []
-    for x, y, name in sorted(points, key=lambda point: (point[1], point[0])):
-        for offset, align in (((5, -3), "left"), ((-5, -3), "right"), ((0, 5), "center"), ((0, -10), "center")):
-            text = axes.annotate(name, (x, y), offset, textcoords="offset points", ha=align, fontsize=6.5)
+    for x, y, cache in sorted(points, key=lambda point: (point[1], point[0])):
+        for offset, align, vertical in PLACES:
+            text = axes.annotate(
+                cache.name,
+                (x, y),
+                offset,
+                textcoords="offset points",
+                ha=align,
+                va=vertical,
+                fontsize=6.5,
+                color=COLORS.get(cache.kind),
+            )
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*dot) for dot in dots):
+            if _is_free(box, axes, taken, dots):
                 taken.append(box)
+                axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line)
                 break
             text.remove()
 
 
+def _is_free(box: Any, axes: Axes, taken: list[Any], dots: list[Any]) -> bool:
+    inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+    wide = box.padded(4)  # a dot's radius
+    return inside and not any(map(box.padded(1).overlaps, taken)) and not any(wide.contains(*dot) for dot in dots)
+
+
 def _named(result: Result) -> str:
-    """The task with its fields, a file in them by its name alone."""
-    given = vars(result.task).items()
-    parts = (f"{name}={Path(value).name if name == 'data' and value else value}" for name, value in given)
-    return f"{result.task.label}({', '.join(parts)})"
+    """The task with its fields, as `parse_task` reads it, a file in them by its name alone."""
+    given = {name: value for name, value in vars(result.task).items() if value is not None}
+    if "data" in given:
+        given["data"] = Path(given["data"]).name
+    fields = (
+        f"{name}=[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{name}={value}"
+        for name, value in given.items()
+    )
+    return f"{result.task.name}:{','.join(fields)}"
 
 
 def _heading(name: str) -> str:

@@ -65,8 +65,18 @@ def test_a_press_compresses_then_the_cache_quantizes():
     assert lengths == [40, 40] and cache.get_seq_length() == 46
     assert cache.memory().packed_values > 0
     assert not torch.equal(coarse, expected)
-    fine = KIVICache(KIVIConfig(nbits=8, group_size=8, residual_length=8, sink_length=4))
-    assert (pressed(fine, inputs)[1] - expected).norm() < 0.1 * (coarse - expected).norm()
+
+
+def test_behind_a_press_more_bits_are_closer():
+    """The median over tokens: the random model's sharp attention jumps at some whatever the error is."""
+    errors = {2: [], 8: []}
+    for _ in range(6):
+        inputs = prompt(batch=1)
+        exact = pressed(DynamicCache(), inputs)[1]
+        for nbits, found in errors.items():
+            cache = KIVICache(KIVIConfig(nbits=nbits, group_size=8, residual_length=8, sink_length=4))
+            found.append((pressed(cache, inputs)[1] - exact).norm(dim=-1).flatten())
+    assert 0 < torch.cat(errors[8]).median() < 0.2 * torch.cat(errors[2]).median()
 
 
 @pytest.mark.parametrize("config", [KIVIConfig(nbits=16), COARSE])

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 import yaml
 
 from kivicache import KIVICache, KIVIConfig
@@ -26,6 +27,22 @@ def test_paper_is_the_paper():
     config = KIVIConfig.paper(2)
     assert (config.nbits_key, config.nbits_value, config.group_size, config.residual_length) == (2, 2, 32, 128)
     assert (config.sink_length, config.policy, config.rotation) == (0, "paper", None)
+
+
+@pytest.mark.parametrize("name", ["2.5bit", "3bit", "3.5bit", "4bit", "5bit"])
+def test_a_preset_costs_the_bits_of_its_name(name):
+    config = KIVIConfig.preset(name)
+    cache = KIVICache(config)
+    for layer_idx in range(2):
+        cache.update(*torch.randn(2, 1, 2, 777, 128), layer_idx)
+    assert cache.memory().packed_bits_per_value == float(name.removesuffix("bit"))
+    assert (config.backend, config.policy, config.layers) == ("native", "window", {})
+
+
+@pytest.mark.parametrize("name", ["1bit", "3", 3, None, ["3bit"]])
+def test_an_unknown_preset_is_refused(name):
+    with pytest.raises(ValueError, match=r"preset: got .*; allowed: '2.5bit', '3bit', '3.5bit', '4bit', '5bit'"):
+        KIVIConfig.preset(name)
 
 
 def test_is_frozen_and_replaceable():

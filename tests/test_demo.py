@@ -140,6 +140,8 @@ def test_a_yaml_config_is_used(folder, tmp_path, capsys):
     call = ["demo", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", "2", "--config"]
     assert main([*call, str(tmp_path / "coarse.yaml")]) == 0
     assert "KIVICache K2V2 g8" in capsys.readouterr().out
+    assert main([*call[:-1], "--preset", "3.5bit"]) == 0
+    assert "KIVICache K4V2 g64, hadamard" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,8 @@ def test_a_yaml_config_is_used(folder, tmp_path, capsys):
     [
         ((), "COMMAND"),
         (("demo", "--nbits", "3"), "--nbits"),
+        (("demo", "--preset", "1bit"), "2.5bit"),
+        (("demo", "--nbits", "2", "--preset", "3bit"), "not allowed with"),
         (("demo", "--nbits", "4", "--config", "x.yaml"), "not allowed with"),
         (("demo", "--max-new-tokens", "0"), "--max-new-tokens: got '0'"),
         (("demo", "--max-new-tokens", "many"), "--max-new-tokens: got 'many'"),

@@ -114,7 +114,7 @@ def test_tables_and_files(fidelity, tmp_path):
     files = report(results, tmp_path, "tiny")
     assert [file.name for file in files] == ["fidelity.csv", "fidelity.png", "passkey.csv", "passkey.png"]
     lines = files[0].read_text().splitlines()
-    assert lines[0].startswith("# tiny, fidelity(data=words.txt, sequences=3,") and "torch" in lines[0]
+    assert lines[0].startswith("# tiny, fidelity:data=words.txt,sequences=3,") and "torch" in lines[0]
     for row, result in zip(csv.DictReader(lines[1:]), results[:5], strict=True):
         assert row["cache"] == result.cache.name and row["items"] == "3"
         assert float(row["kl_mean"]) == pytest.approx(result.metrics["kl_mean"], rel=1e-4)
