@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from transformers.utils import logging as transformers_logging
 
-from kivicache import __version__, demo
+from kivicache import __version__, demo, tuning
 from kivicache.config import CHOICES, KIVIConfig
 from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
 
@@ -32,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kivicache {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_tune(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except (MissingPackage, ValueError, NotImplementedError) as error:
+    except (ImportError, ValueError, NotImplementedError) as error:
         print(f"kivicache {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,6 +72,106 @@ def _demo(args: argparse.Namespace) -> int:
 
         demo.render(result, Console(highlight=False, markup=False))
     return 0
+
+
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Search the bits of every layer under a budget (KVTuner) and write them as YAML for KIVICache."
+    parser = commands.add_parser("tune", help="search the best bits per layer", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help="calibration text (default: Python's own language reference)")
+    text.add_argument("--dataset", metavar="NAME[:CONFIG]", help="hub dataset with a text column, its train split")
+    parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
+    parser.add_argument("--trials", type=_positive, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--config", metavar="FILE", help="what the search does not choose, as YAML (default: mse)")
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
+    parser.add_argument("--groups", type=_positive, metavar="N", help="about as many groups share a choice (12)")
+    parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
+    parser.add_argument("--task", metavar="FILE", help="minimize wrong answers to a GSM8K-like JSONL, instead of KL")
+    parser.add_argument(
+        "--storage", metavar="FILE|URL", help="journal file or optuna database URL (default: OUT.journal)"
+    )
+    parser.add_argument("--study", default="kivicache", metavar="NAME", help="in the storage; default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with the study, also beside other workers on it")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s; give each worker its own")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    for package in ("optuna", "sklearn", "matplotlib", "rich"):
+        if find_spec(package) is None:
+            raise ImportError(f'{package} is not installed; install it with: pip install "kivicache[tune]"')
+    from rich.console import Console
+
+    from kivicache import tuning_report
+    from kivicache.tasks import TaskErrors, read_questions
+
+    base = {} if args.config is None else {"base": _config(args)}
+    model, tokenizer = load_model(args.model, _device(args.device))
+    questions = None if args.task is None else read_questions(args.task, limit=20)
+    with _stages(tuning.STAGES) as on_progress:
+        result = tuning.run(
+            model,
+            tokenizer,
+            _texts(args),
+            budget=args.budget,
+            trials=args.trials,
+            group_sizes=tuple(args.group_sizes),
+            per_head=args.per_head,
+            seed=args.seed,
+            objective=None if questions is None else TaskErrors(model, tokenizer, questions),
+            storage=args.storage or f"{args.out}.journal",
+            study_name=args.study,
+            resume=args.resume,
+            on_progress=on_progress,
+            **base,
+            **({} if args.groups is None else {"groups": args.groups}),
+        )
+    result.config.to_yaml(args.out)
+    pictures = [args.out.with_suffix(f".{name}.png") for name in ("front", "sensitivity")]
+    tuning_report.plot_front(result, pictures[0])
+    tuning_report.plot_sensitivity(result, pictures[1])
+    console = Console(highlight=False, markup=False)
+    tuning_report.render(result, console)
+    console.print(f"{args.out}: use it as KIVICache({str(args.out)!r}, config=model.config); pictures: ", *pictures)
+    return 0
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    if args.text is not None:
+        try:
+            return [Path(args.text).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--text: {args.text}: {error}") from error
+    return tuning.default_texts() if args.dataset is None else tuning.dataset_texts(args.dataset)
+
+
+@contextmanager
+def _stages(stages: Sequence[str]) -> Iterator[tuning.OnProgress]:
+    """A progress bar with the time left for each stage, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    width = max(map(len, stages))
+    columns = TextColumn(f"{{task.description:<{width}}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    with Progress(*columns, *left, console=Console(file=sys.stderr)) as progress:
+        tasks = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
+
+        def on_progress(stage: str, done: int, total: int, note: str) -> None:
+            progress.start_task(tasks[stage])
+            progress.update(tasks[stage], completed=done, total=total, note=note)
+
+        yield on_progress
 
 
 @contextmanager

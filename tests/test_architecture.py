@@ -29,6 +29,7 @@ ORDER = [  # a module imports only from those above it
     "triton.unpack",
     "backends.base",
     "backends.native",
+    "backends.mse",
     "backends.hqq",
     "backends.quanto",
     "backends",
@@ -41,6 +42,11 @@ ORDER = [  # a module imports only from those above it
     "fidelity",
     "models",
     "demo",
+    "sensitivity",
+    "search",
+    "tasks",
+    "tuning",
+    "tuning_report",
     "__main__",
 ]
 
