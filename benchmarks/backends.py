@@ -3,7 +3,7 @@
     pip install -e ".[demo,hqq,quanto]"
     python -m benchmarks.backends --text wiki.test.raw
 
-KL is measured as by `benchmarks.perplexity`. The error is the mean squared one of the packed tokens, relative to their
+KL is measured as by `kivicache eval`. The error is the mean squared one of the packed tokens, relative to their
 variance, averaged over the layers; the time is that of packing the prompts of all layers once.
 """
 
@@ -20,8 +20,9 @@ import torch
 import transformers
 
 from kivicache import KIVIConfig, __version__
-from kivicache.fidelity import CachedKL, spread_sequences
+from kivicache.fidelity import spread_sequences
 from kivicache.models import load_model
+from kivicache.objectives import CachedKL, read_states
 
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = ("native", "mse", "hqq", "quanto")
@@ -34,7 +35,7 @@ def measured(loss: CachedKL, config: KIVIConfig) -> dict[str, str]:
     seconds = time.perf_counter() - start
     errors = []
     for idx, layer in layers.items():
-        for read, exact in zip((layer.keys, layer.values), loss.prompt_states(idx), strict=True):
+        for read, exact in zip(read_states(layer), loss.prompt_states(idx), strict=True):
             packed = slice(config.sink_length, exact.shape[2] - len(layer._keys.residual))
             error = (read - exact)[:, :, packed].square().mean() / exact[:, :, packed].var()
             errors.append(error.item())
@@ -71,13 +72,13 @@ def main() -> None:
             f"{transformers.__version__}, Python {sys.version.split()[0]}; pack_s: "
             f"packing {args.sequences} prompts in {len(loss.layers)} layers\n"
         )
-        writer = None
+        writer: csv.DictWriter[str] | None = None
         for rotation in (None, "hadamard"):
             for nbits in (2, 4, 8):
                 for backend in BACKENDS:
                     row = measured(loss, KIVIConfig(nbits=nbits, backend=backend, rotation=rotation))
-                    writer = writer or csv.DictWriter(file, row)
-                    if file.tell() and "backend" in row and nbits == 2 and backend == "native" and rotation is None:
+                    if writer is None:
+                        writer = csv.DictWriter(file, row)
                         writer.writeheader()
                     writer.writerow(row)
                     file.flush()

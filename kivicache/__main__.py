@@ -9,14 +9,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from kivicache import __version__, demo, tuning
+from kivicache.caches import CacheSpec
 from kivicache.config import CHOICES, KIVIConfig
+from kivicache.data import load_text
+from kivicache.evaluation import OnProgress, evaluate
+from kivicache.evaluation_report import render, report
 from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
+from kivicache.objectives import TaskErrors
+from kivicache.tasks import TASKS, parse_task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kivicache {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_estimate(commands)
+    _add_eval(commands)
     _add_tune(commands)
     args = parser.parse_args(argv)
     try:
@@ -57,6 +68,40 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.set_defaults(run=_demo)
 
 
+def _add_estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Bytes of a model's weights and cache, from its config alone, and what fits into a GPU."
+    parser = commands.add_parser("estimate", help="bytes of weights and cache", description=description)
+    parser.add_argument("--model", metavar="NAME", required=True, help="hub model, local folder or config.json")
+    parser.add_argument("--context", type=_positive, required=True, metavar="N", help="tokens of each sequence")
+    parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences (default: %(default)s)")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--nbits", type=int, choices=CHOICES["nbits"], help="bits of keys and values (default: 4 and 2)")
+    bits.add_argument("--config", metavar="FILE", help="a KIVIConfig as YAML")
+    parser.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="also say what fits into so many GiB")
+    parser.add_argument("--fixed", action="store_true", help="a cache of fixed capacity, max_cache_len=N")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from kivicache.estimate import estimate
+
+    found = estimate(
+        args.model,
+        _config(args),
+        context=args.context,
+        batch=args.batch,
+        gpu_memory=args.gpu_memory,
+        fixed=args.fixed,
+    )
+    if args.json:
+        print(json.dumps(vars(found), indent=2))
+    else:
+        width = max(len(label) for label, _ in found.rows())
+        print("\n".join(f"{label:<{width}}  {text}" for label, text in found.rows()))
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     config, device = _config(args), _device(args.device)
     with _progress(args.model, args.max_new_tokens) as on_progress:
@@ -74,106 +119,6 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
-    description = "Search the bits of every layer under a budget (KVTuner) and write them as YAML for KIVICache."
-    parser = commands.add_parser("tune", help="search the best bits per layer", description=description)
-    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", help="calibration text (default: Python's own language reference)")
-    text.add_argument("--dataset", metavar="NAME[:CONFIG]", help="hub dataset with a text column, its train split")
-    parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
-    parser.add_argument("--trials", type=_positive, default=200, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--config", metavar="FILE", help="what the search does not choose, as YAML (default: mse)")
-    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
-    parser.add_argument("--groups", type=_positive, metavar="N", help="about as many groups share a choice (12)")
-    parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
-    parser.add_argument("--task", metavar="FILE", help="minimize wrong answers to a GSM8K-like JSONL, instead of KL")
-    parser.add_argument(
-        "--storage", metavar="FILE|URL", help="journal file or optuna database URL (default: OUT.journal)"
-    )
-    parser.add_argument("--study", default="kivicache", metavar="NAME", help="in the storage; default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on with the study, also beside other workers on it")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s; give each worker its own")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.set_defaults(run=_tune)
-
-
-def _tune(args: argparse.Namespace) -> int:
-    for package in ("optuna", "sklearn", "matplotlib", "rich"):
-        if find_spec(package) is None:
-            raise ImportError(f'{package} is not installed; install it with: pip install "kivicache[tune]"')
-    from rich.console import Console
-
-    from kivicache import tuning_report
-    from kivicache.tasks import TaskErrors, read_questions
-
-    base = {} if args.config is None else {"base": _config(args)}
-    model, tokenizer = load_model(args.model, _device(args.device))
-    questions = None if args.task is None else read_questions(args.task, limit=20)
-    with _stages(tuning.STAGES) as on_progress:
-        result = tuning.run(
-            model,
-            tokenizer,
-            _texts(args),
-            budget=args.budget,
-            trials=args.trials,
-            group_sizes=tuple(args.group_sizes),
-            per_head=args.per_head,
-            seed=args.seed,
-            objective=None if questions is None else TaskErrors(model, tokenizer, questions),
-            storage=args.storage or f"{args.out}.journal",
-            study_name=args.study,
-            resume=args.resume,
-            on_progress=on_progress,
-            **base,
-            **({} if args.groups is None else {"groups": args.groups}),
-        )
-    result.config.to_yaml(args.out)
-    pictures = [args.out.with_suffix(f".{name}.png") for name in ("front", "sensitivity")]
-    tuning_report.plot_front(result, pictures[0])
-    tuning_report.plot_sensitivity(result, pictures[1])
-    console = Console(highlight=False, markup=False)
-    tuning_report.render(result, console)
-    console.print(f"{args.out}: use it as KIVICache({str(args.out)!r}, config=model.config); pictures: ", *pictures)
-    return 0
-
-
-def _texts(args: argparse.Namespace) -> list[str]:
-    if args.text is not None:
-        try:
-            return [Path(args.text).read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text: {args.text}: {error}") from error
-    return tuning.default_texts() if args.dataset is None else tuning.dataset_texts(args.dataset)
-
-
-@contextmanager
-def _stages(stages: Sequence[str]) -> Iterator[tuning.OnProgress]:
-    """A progress bar with the time left for each stage, on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    width = max(map(len, stages))
-    columns = TextColumn(f"{{task.description:<{width}}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
-    with Progress(*columns, *left, console=Console(file=sys.stderr)) as progress:
-        tasks = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
-
-        def on_progress(stage: str, done: int, total: int, note: str) -> None:
-            progress.start_task(tasks[stage])
-            progress.update(tasks[stage], completed=done, total=total, note=note)
-
-        yield on_progress
-
-
 @contextmanager
 def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgress]:
     """Progress bars on stderr, one per stage, that vanish when all is done."""
@@ -182,10 +127,7 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    # A download shows the hub's own bars, and two kinds at once would overwrite each other.
-    downloads = model is not None and not Path(model).is_dir()
-    if not downloads:
-        transformers_logging.disable_progress_bar()
+    _quiet_unless_it_downloads(model)
     console = Console(file=sys.stderr)
     with Progress(
         SpinnerColumn(),
@@ -205,6 +147,174 @@ def _progress(model: str | None, max_new_tokens: int) -> Iterator[demo.OnProgres
             if done == 0:
                 progress.start_task(tasks[stage])
             progress.update(tasks[stage], completed=done)
+
+        yield on_progress
+
+
+def _quiet_unless_it_downloads(model: str | None) -> None:
+    """A download shows the hub's own bars; where there is none, they would only overwrite ours."""
+    if model is None or Path(model).is_dir():
+        transformers_logging.disable_progress_bar()
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = (
+        "Measure what cache settings cost on a model, through the cache. A cache is dynamic, kivi, kivi:2, kivi:k4v2, "
+        "kivi:2:hadamard, kivi:nbits=2,sink_length=4, paper:2, FILE.yaml, hf-quanto:4, hf-hqq:4 or hf-fp8. A task is "
+        f"one of {', '.join(TASKS)}, with its own fields: fidelity:data=FILE,steps=512 or passkey:lengths=[1024,4096]."
+    )
+    parser = commands.add_parser("eval", help="measure what settings cost on a model", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    parser.add_argument("--cache", nargs="+", default=["dynamic", "kivi:4", "kivi", "kivi:2"], metavar="SETTING")
+    parser.add_argument("--task", nargs="+", default=["fidelity", "greedy", "passkey"], metavar="TASK")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    parser.add_argument("--out", type=Path, default=Path("kivicache-eval"), metavar="FOLDER", help="%(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    for package in ("rich", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingPackage(package, 'pip install "kivicache[eval]"')
+    from rich.console import Console
+
+    device = _device(args.device)
+    caches = [CacheSpec.parse(text) for text in args.cache]
+    tasks = [parse_task(text) for text in args.task]
+    _quiet_unless_it_downloads(args.model)
+    model, tokenizer = load_model(args.model, device)
+    store = args.out / "records.jsonl"
+    with _time_left() as on_progress:
+        options = {"store": store, "limit": args.limit, "on_progress": on_progress}
+        results = evaluate(model, tokenizer, caches, tasks, **options)
+    render(results, Console(highlight=False, markup=False))
+    for file in report(results, args.out, str(model.name_or_path)):
+        print(file)
+    return 0
+
+
+@contextmanager
+def _time_left() -> Iterator[OnProgress]:
+    """One progress bar on stderr that says what runs, how much is done, and how long the rest will take."""
+    with _bars("{task.description:<28.28}", transient=True) as progress:
+        bar = progress.add_task("", note="")
+        yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
+
+
+def _bars(description: str, transient: bool) -> Progress:
+    """Progress bars on stderr with the time left, and a note behind it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(file=sys.stderr)
+    left = TimeRemainingColumn(elapsed_when_finished=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    return Progress(
+        TextColumn(description),
+        *columns,
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=transient,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    )
+
+
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Search the bits of every layer under a budget (KVTuner) and write them as YAML for KIVICache."
+    parser = commands.add_parser("tune", help="search the best bits per layer", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help="calibration text (default: four chapters of Alice, built in)")
+    text.add_argument("--dataset", metavar="NAME", help="OWNER/NAME[/CONFIG[/SPLIT]] on the hub, with a text column")
+    parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
+    parser.add_argument("--trials", type=_positive, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--config", metavar="FILE", help="what the search does not choose, as YAML (default: mse)")
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
+    rotations = [choice or "none" for choice in CHOICES["rotation"]]
+    parser.add_argument("--rotations", nargs="+", choices=rotations, default=rotations, help="default: all")
+    parser.add_argument("--groups", type=_positive, default=12, metavar="N", help="of layers that choose alike (12)")
+    parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
+    parser.add_argument("--task", metavar="TASK", help="minimize its errors, not KL: gsm8k:data=FILE,limit=20")
+    parser.add_argument("--storage", metavar="FILE|URL", help="journal or optuna database (default: OUT.journal)")
+    parser.add_argument("--study", default="kivicache", metavar="NAME", help="in the storage; default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with the study, also beside other workers on it")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s; give each worker its own")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    for package in ("optuna", "sklearn", "matplotlib", "rich"):
+        if find_spec(package) is None:
+            raise MissingPackage(package, 'pip install "kivicache[tune]"')
+    from rich.console import Console
+
+    from kivicache.tuning_report import plot_front, plot_sensitivity, render_tuning
+
+    settings = {
+        "budget": args.budget,
+        "trials": args.trials,
+        "base": tuning.DEFAULT_BASE if args.config is None else _config(args),
+        "group_sizes": tuple(args.group_sizes),
+        "rotations": tuple(None if name == "none" else name for name in args.rotations),
+        "per_head": args.per_head,
+        "groups": args.groups,
+        "seed": args.seed,
+    }
+    tuning.TuningSettings(**settings)  # what is wrong is said before the model is loaded
+    task = None if args.task is None else parse_task(args.task)
+    texts = [_calibration_text(args)]
+    device = _device(args.device)
+    _quiet_unless_it_downloads(args.model)
+    model, tokenizer = load_model(args.model, device)
+    with _stages(tuning.STAGES) as on_progress:
+        result = tuning.run(
+            model,
+            tokenizer,
+            texts,
+            objective=None if task is None else TaskErrors(model, tokenizer, task),
+            storage=args.storage or f"{args.out}.journal",
+            study_name=args.study,
+            resume=args.resume,
+            on_progress=on_progress,
+            **settings,
+        )
+    result.config.to_yaml(args.out)
+    console = Console(highlight=False, markup=False)
+    render_tuning(result, console)
+    for plot, name in ((plot_front, "front"), (plot_sensitivity, "sensitivity")):
+        print(plot(result, args.out.with_suffix(f".{name}.png")))
+    print(f"{args.out}: use it as KIVICache({str(args.out)!r}, config=model.config)")
+    return 0
+
+
+def _calibration_text(args: argparse.Namespace) -> str:
+    if args.text is not None and not Path(args.text).is_file():
+        raise ValueError(f"--text: {args.text}: no such file")
+    return load_text(args.text or args.dataset)
+
+
+@contextmanager
+def _stages(stages: Sequence[str]) -> Iterator[tuning.OnProgress]:
+    """On stderr, for each stage a progress bar with the time left."""
+    width = max(map(len, stages))
+    with _bars(f"{{task.description:<{width}}}", transient=False) as progress:
+        bars = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
+
+        def on_progress(stage: str, done: int, total: int, note: str) -> None:
+            if not progress.tasks[bars[stage]].started:
+                progress.start_task(bars[stage])
+            progress.update(bars[stage], completed=done, total=total, description=stage, note=note)
 
         yield on_progress
 
@@ -233,6 +343,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from 1")
     return int(text)
+
+
+def _gib(text: str) -> int:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a positive number of GiB")
+    return int(size * 2**30)
 
 
 def _text(text: str) -> str:

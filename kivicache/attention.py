@@ -8,6 +8,7 @@ itself, which also serves models that ``sdpa`` does not: it knows softcap.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kivicache.buffer import TokenBuffer
 from kivicache.packed import PackedTokens
 from kivicache.states import KIVIStates
-from kivicache.triton import missing_triton
+from kivicache.triton import missing_triton, on_device, serves
+from kivicache.triton.operands import Pair, Store, Tokens
 
 FUSED_DEVICES = ["cuda"]
+FUSED_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+MAX_HEAD_DIM = 256
 MAX_QUERY_LENGTH = 16
 # the repeat of the key heads for GQA in transformers: states[:, :, None, :, :].expand(...).reshape(...)
 _NEW_AXIS = (slice(None), slice(None), None, slice(None), slice(None))
@@ -52,11 +57,48 @@ class PackedStates(Tensor):
     def dense(self) -> Tensor:
         """The tensor itself, dequantized."""
         if self._dense is None:
-            states = self.kivi_states.read()
+            states = self._read()
             batch, kv_heads, tokens, head_dim = states.shape
             repeats = self.numel() // states.numel()
             self._dense = states[_NEW_AXIS].expand(batch, kv_heads, repeats, tokens, head_dim).reshape(self.shape)
         return self._dense
+
+    def _read(self) -> Tensor:
+        return self.kivi_states.read()
+
+    def with_shape(self, shape: Sequence[int]) -> PackedStates:
+        """The same states with their heads repeated."""
+        return PackedStates(self.kivi_states, shape)
+
+    def fused(
+        self,
+        query: Tensor,
+        value: PackedStates,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        softcap: float | None,
+        s_aux: Tensor | None,
+    ) -> Tensor:
+        """[`fused_attention`] with these keys."""
+        from kivicache.triton.decode import decode_attention  # triton is optional
+
+        keys, values = self.kivi_states, value.kivi_states
+        pairs = [
+            Pair(_store(keys.packed[i][1]), _store(values.packed[j][1]), heads)
+            for i, j, heads in _head_pairs(keys.heads, values.heads, query.device)
+        ]
+        with on_device(query):
+            return decode_attention(
+                query,
+                Tokens(keys.sinks, keys.residual, keys.axis),
+                Tokens(values.sinks, values.residual, values.axis),
+                pairs,
+                rotated=keys.rotation is not None,
+                mask=attention_mask,
+                scale=scaling,
+                softcap=softcap or 0.0,
+                s_aux=s_aux,
+            )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -99,7 +141,7 @@ def _repeated(func: Callable[..., Any], args: Any) -> PackedStates | None:
             return None
         if func is Tensor.reshape and shape != (batch, kv_heads * repeats, tokens, head_dim):
             return None
-    return PackedStates(states.kivi_states, shape)
+    return states.with_shape(shape)
 
 
 def _as_dense(x: Any) -> Any:
@@ -159,9 +201,9 @@ def kivi_attention_forward(
     Returns:
         ``[batch, query_length, heads, head_dim]`` and None, as there are no weights.
     """
-    plain = s_aux is None and kwargs.get("position_bias") is None
-    if plain and dropout == 0 and not query_reasons(query, key, value, attention_mask, scaling):
-        return fused_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+    biased = kwargs.get("position_bias") is not None
+    if not biased and dropout == 0 and not query_reasons(query, key, value, attention_mask, scaling):
+        return fused_attention(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2), None
     key, value = _as_dense(key), _as_dense(value)
     if s_aux is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -202,6 +244,7 @@ def fused_attention(
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
     """Attention of a few query tokens over packed keys and values, in one pass over their bytes.
 
@@ -210,37 +253,51 @@ def fused_attention(
         key, value: [`PackedStates`].
         attention_mask: None, bool (True: attend) or additive, ``[batch, 1 or heads, 1 or query_length, tokens]``.
         scaling: of the scores; default ``head_dim ** -0.5``.
-        softcap: as in [`kivi_attention_forward`].
+        softcap, s_aux: as in [`kivi_attention_forward`].
 
     Returns:
-        ``[batch, heads, query_length, head_dim]``, of the query's dtype.
+        ``[batch, heads, query_length, head_dim]`` of the values, of the query's dtype.
     """
-    from kivicache.triton.decode import decode_attention  # triton is optional
-
-    keys, packed_keys = _stores(key)
-    values, packed_values = _stores(value)
-    with torch.cuda.device_of(query):
-        return decode_attention(
-            query,
-            tuple(buffer.read() for buffer in packed_keys.buffers),
-            tuple(buffer.read() for buffer in packed_values.buffers),
-            (keys.sinks.read(), values.sinks.read()),
-            (keys.residual.read(), values.residual.read()),
-            nbits=(packed_keys.nbits, packed_values.nbits),
-            group_size=packed_keys.group_size,
-            axes=(packed_keys.axis, packed_values.axis),
-            mask=attention_mask,
-            scale=scaling,
-            softcap=softcap or 0.0,
-        )
+    assert isinstance(key, PackedStates) and isinstance(value, PackedStates)
+    return key.fused(query, value, attention_mask, scaling, softcap, s_aux)
 
 
-def _stores(states: Tensor) -> tuple[KIVIStates, PackedTokens]:
-    """The states and their one store of packed tokens: what [`layer_reasons`] lets through has no other."""
-    assert isinstance(states, PackedStates)
-    ((_, store),) = states.kivi_states.packed
-    assert isinstance(store, PackedTokens)
-    return states.kivi_states, store
+def store_tokens(keys: TokenBuffer, values: TokenBuffer, key_states: Tensor, value_states: Tensor) -> None:
+    """Append new tokens to both buffers, in one launch where the kernels serve."""
+    if not serves(key_states.device):
+        keys.append(key_states)
+        values.append(value_states)
+        return
+    from kivicache.triton.store import store_tokens  # triton is optional
+
+    with on_device(key_states):
+        store_tokens(keys, values, key_states, value_states)
+
+
+def _store(store: TokenBuffer | PackedTokens) -> Store:
+    if isinstance(store, PackedTokens):
+        return Store(*store.buffers, store.nbits, store.group_size)
+    return Store(store, store, store, 16, 32)
+
+
+@functools.lru_cache
+def _head_pairs(
+    key_heads: tuple[tuple[int, ...], ...], value_heads: tuple[tuple[int, ...], ...], device: torch.device
+) -> list[tuple[int, int, Tensor | None]]:
+    """Which heads share both a store of keys and one of values: the stores' indices, and the heads' places.
+
+    The places are int32 ``[3, heads]``: the kv head, and where it lies in either store; None: all heads, in order.
+    """
+    if len(key_heads) == len(value_heads) == 1:
+        return [(0, 0, None)]
+    pairs: list[tuple[int, int, Tensor | None]] = []
+    for i, in_keys in enumerate(key_heads):
+        for j, in_values in enumerate(value_heads):
+            heads = [head for head in in_keys if head in in_values]
+            if heads:
+                places = [heads, [in_keys.index(head) for head in heads], [in_values.index(head) for head in heads]]
+                pairs.append((i, j, torch.tensor(places, dtype=torch.int32, device=device)))
+    return pairs
 
 
 def query_reasons(
@@ -273,23 +330,16 @@ def layer_reasons(keys: KIVIStates, values: KIVIStates) -> list[str]:
         [] if device.type in FUSED_DEVICES else [f"the device is {device.type}, not {' or '.join(FUSED_DEVICES)}"]
     )
     reasons += missing_triton()
-    widths = keys.residual.data.shape[3], values.residual.data.shape[3]
-    if widths[0] != widths[1]:
-        reasons.append(f"keys have head_dim {widths[0]}, values {widths[1]}")
-    stores = [store for states in (keys, values) for _, store in states.packed if isinstance(store, PackedTokens)]
-    for name, states in (("keys", keys), ("values", values)):
-        if len(states.packed) > 1:
-            reasons.append(f"the heads of the {name} differ in bits")
-        elif not isinstance(states.packed[0][1], PackedTokens):
-            reasons.append(f"{name} have 16 bits")
-    if any(store.rotation is not None for store in stores):
-        reasons.append("keys and values are rotated")
-    if not reasons and device.type == "cuda":
-        # The portable kernel serves every format, but slower on a GPU than dequantizing first.
-        from kivicache.triton.decode import format_reasons
-
-        nbits, axes = tuple(store.nbits for store in stores), tuple(store.axis for store in stores)
-        reasons += format_reasons(device, stores[0].dtype, widths[0], nbits, stores[0].group_size, axes)
+    states = keys.residual.data
+    if states.dtype not in FUSED_DTYPES:
+        reasons.append(f"the dtype is {states.dtype}")
+    if max(states.shape[3], values.residual.data.shape[3]) > MAX_HEAD_DIM:
+        reasons.append(f"head_dim is over {MAX_HEAD_DIM}")
+    exact = [[isinstance(store, TokenBuffer) for _, store in side.packed] for side in (keys, values)]
+    if all(exact[0]) and all(exact[1]):
+        reasons.append("nothing is packed: keys and values have 16 bits")
+    if keys.rotation is not None and any(exact[1]) and not all(exact[1]):
+        reasons.append("some values are rotated, others have 16 bits")
     return reasons
 
 

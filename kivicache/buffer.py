@@ -30,11 +30,33 @@ class TokenBuffer:
         """An empty buffer with the batch, heads, device, and unless given width and dtype, of ``like``."""
         shape = (like.shape[0], like.shape[1], 0, width or like.shape[3])
         with _ordinary_tensors():
-            self.data = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+            self._hold(torch.empty(shape, dtype=dtype or like.dtype, device=like.device))
         self.start = self.stop = 0
+
+    @classmethod
+    def of(cls, data: Tensor, length: int | None = None) -> TokenBuffer:
+        """A buffer that holds the first ``length`` tokens of ``data``, default all, and does not copy them."""
+        buffer = cls.__new__(cls)
+        buffer._hold(data)
+        buffer.start, buffer.stop = 0, data.shape[2] if length is None else length
+        return buffer
+
+    def _hold(self, data: Tensor) -> None:
+        """Take ``data``, and note what a launch asks of it at every decode step."""
+        self.data = data
+        by_batch, by_head, by_token, by_channel = data.stride()
+        self.strides = by_batch, by_head
+        self.row_bytes = by_token * data.element_size()
+        contiguous = by_channel == 1 and by_token == data.shape[3]
+        self._aligned = contiguous and (data.data_ptr() | by_batch | by_head) % 16 == 0
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a token's row is contiguous, the first one starts on 16 bytes, and strides are multiples of 16."""
+        return self._aligned and self.start * self.row_bytes % 16 == 0
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Tokens ``start`` to ``stop``, as a view: ``[batch, heads, stop - start, width]``."""
@@ -44,8 +66,12 @@ class TokenBuffer:
     def snapshot(self) -> TokenBuffer:
         """The tokens as they are now, without a copy: valid until tokens are cut off the end and others added."""
         taken = TokenBuffer.__new__(TokenBuffer)
-        taken.data, taken.start, taken.stop = self.data, self.start, self.stop
+        taken.__dict__.update(self.__dict__)
         return taken
+
+    def data_ptr(self) -> int:
+        """The address of the first token, as ``Tensor.data_ptr`` of what [`read`] gives."""
+        return self.data.data_ptr() + self.start * self.row_bytes
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more."""
@@ -75,11 +101,11 @@ class TokenBuffer:
     def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         """Replace the content by ``select`` of it, which may change the batch dimension alone."""
         with _ordinary_tensors():
-            self.data = select(self.data).contiguous()
+            self._hold(select(self.data).contiguous())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
         with _ordinary_tensors():
-            self.data = self.data.to(device, non_blocking=non_blocking)
+            self._hold(self.data.to(device, non_blocking=non_blocking))
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +123,8 @@ class TokenBuffer:
         with _ordinary_tensors():
             data = self.data.new_empty(batch, heads, capacity, width)
             data[:, :, : len(self)] = self.read()
-        self.data, self.start, self.stop = data, 0, len(self)
+        self.start, self.stop = 0, len(self)
+        self._hold(data)
 
 
 @contextmanager

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
 
 from kivicache.backends import get_backend
-from kivicache.config import KIVIConfig
+from kivicache.config import KIVIConfig, LayerConfig
+from kivicache.fixed import FixedKIVILayer
 from kivicache.layer import KIVILayer
 from kivicache.memory import MemoryReport, format_bytes, held_by
 
@@ -33,6 +34,8 @@ class KIVICache(DynamicCache):
         config: the model's own config. With it, full-attention layers are packed and every other layer (sliding
             window, linear attention, KV-shared, ...) is what ``DynamicCache(config=config)`` makes it. Without it,
             every layer is packed, which plain decoders can do with.
+        max_cache_len: room for so many tokens, allocated at the first update. ``generate`` then compiles the decode
+            step by itself, as with ``StaticCache``. Needs ``config``; a layer of 16 bits is a ``StaticLayer``.
         offloading, offload_only_non_sliding: as for ``DynamicCache``.
 
     Raises:
@@ -45,6 +48,7 @@ class KIVICache(DynamicCache):
         cfg: KIVIConfig | Mapping[Any, Any] | str | Path | None = None,
         *,
         config: PreTrainedConfig | None = None,
+        max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ):
@@ -54,14 +58,41 @@ class KIVICache(DynamicCache):
         for backend in self.kivi_config.backends:
             get_backend(backend)  # a missing library is said here, not in the middle of a generation
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        if config is None:
+        self._is_fixed = max_cache_len is not None
+        if max_cache_len is not None:
+            self._fix_capacity(config, max_cache_len, offloading)
+        elif config is None:
             # called as a class would be; not a bound method, which would keep the cache alive in a reference cycle
             self.layer_class_to_replicate = _NextLayer(self.kivi_config, self.layers)  # type: ignore[assignment]
         else:
             self._pack_full_attention_layers()
 
     def _pack_full_attention_layers(self) -> None:
-        packable = [idx for idx, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        self._pack(DynamicLayer, KIVILayer)
+
+    def _fix_capacity(self, config: PreTrainedConfig | None, max_cache_len: int, offloading: bool) -> None:
+        if config is None:
+            raise ValueError(
+                "max_cache_len: the cache must know the model's layers: pass KIVICache(..., config=model.config)"
+            )
+        if offloading:
+            raise ValueError("offloading: got True; allowed with max_cache_len: False")
+        text_config = config.get_text_config(decoder=True)
+
+        def fixed(layer_config: LayerConfig) -> StaticLayer | FixedKIVILayer:
+            if {layer_config.nbits_key, layer_config.nbits_value} == {16} and not layer_config.heads:
+                return StaticLayer(max_cache_len)
+            return FixedKIVILayer(layer_config, max_cache_len, text_config)
+
+        try:
+            self.layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        except KeyError as error:
+            raise ValueError(f"max_cache_len: transformers has no layer of fixed capacity for {error}") from error
+        self._pack(StaticLayer, fixed)
+
+    def _pack(self, kind: type[Any], packed: Callable[[LayerConfig], Any]) -> None:
+        """Replace the model's full-attention layers, which are of exactly this kind."""
+        packable = [idx for idx, layer in enumerate(self.layers) if type(layer) is kind]
         for name in ("layers", "heads"):
             refused = sorted(set(getattr(self.kivi_config, name)) - set(packable))
             if refused:
@@ -70,14 +101,17 @@ class KIVICache(DynamicCache):
                     f"layers of {len(self.layers)}"
                 )
         for layer_idx in packable:
-            self.layers[layer_idx] = KIVILayer(self.kivi_config.layer(layer_idx))
+            self.layers[layer_idx] = packed(self.kivi_config.layer(layer_idx))
         if not packable:
             logger.warning("KIVICache packs nothing: the model has no full-attention layer, only %s", self._kinds())
 
     @property
     def is_compileable(self) -> bool:
-        """False: a growing cache has no fixed shapes. (Without this, an all-linear model would be compiled.)"""
-        return False
+        """Whether ``generate`` may compile the decode step: with ``max_cache_len``, where every layer allows it.
+
+        A growing cache has no fixed shapes. (Without this, an all-linear model would be compiled.)
+        """
+        return self._is_fixed and super().is_compileable
 
     def memory(self) -> MemoryReport:
         """True bytes held, in sum and in ``.layers`` one by one, see [`MemoryReport`]."""
@@ -137,7 +171,8 @@ class KIVICache(DynamicCache):
         if not self.layers:
             return f"{type(self).__name__}({self.kivi_config.layer(0)}, empty)"
         memory = self.memory()
-        tokens = max((layer.get_seq_length() for layer in self.layers if isinstance(layer, DynamicLayer)), default=0)
+        lengths = (layer.get_seq_length() for layer in self.layers if isinstance(layer, DynamicLayer))
+        tokens = max(map(int, lengths), default=0)
         size = f"{format_bytes(memory.total)}, {memory.bits_per_value:.2f} bits per value"
         return f"{type(self).__name__}({self._kinds()}; {tokens} tokens, {size})"
 

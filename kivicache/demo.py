@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from functools import partial
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from kivicache.cache import KIVICache
 from kivicache.config import KIVIConfig
+from kivicache.fidelity import first_difference
 from kivicache.layer import KIVILayer
 from kivicache.memory import MemoryReport, held_by
 from kivicache.models import encode, token_texts
@@ -120,12 +120,6 @@ def compare(
         kivi=kivi,
         divergence=parts,
     )
-
-
-def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
-    """The first index at which two sequences differ or only one has ended; None where they are equal."""
-    pairs = enumerate(zip_longest(first, second))
-    return next((index for index, (one, other) in pairs if one != other), None)
 
 
 def _generate(

@@ -6,19 +6,13 @@ prefilled with its first tokens, and the rest is fed through the cache in steps.
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+import inspect
+from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-
-from kivicache.cache import KIVICache
-from kivicache.config import KIVIConfig, LayerConfig
-from kivicache.layer import KIVILayer
-
-# Packed layers that a CachedKL keeps at the most, on average per layer.
-_KEPT_PER_LAYER = 32
+from transformers import Cache
 
 
 def spread_sequences(tokens: Tensor, sequences: int, length: int) -> Tensor:
@@ -47,14 +41,20 @@ def step_log_probs(model: nn.Module, tokens: Tensor, cache: Cache, prefill: int,
     Returns:
         float32 ``[batch, tokens - prefill - 1, vocabulary]``: position ``i`` predicts ``tokens[:, prefill + 1 + i]``.
     """
-    model(tokens[:, :prefill], past_key_values=cache, logits_to_keep=1)
-    return _fed(model, tokens[:, prefill:-1], cache, step)
+    model(tokens[:, :prefill], **{cache_argument(model): cache}, logits_to_keep=1)
+    return fed_log_probs(model, tokens[:, prefill:-1], cache, step)
 
 
 @torch.no_grad()
-def _fed(model: nn.Module, tokens: Tensor, cache: Cache, step: int) -> Tensor:
-    pieces = (model(piece, past_key_values=cache).logits for piece in tokens.split(step, dim=1))
+def fed_log_probs(model: nn.Module, tokens: Tensor, cache: Cache, step: int) -> Tensor:
+    """Log probabilities behind every token ``[batch, tokens]``, ``step`` at a time fed to a cache with a prompt."""
+    pieces = (model(piece, **{cache_argument(model): cache}).logits for piece in tokens.split(step, dim=1))
     return torch.cat([logits.float().log_softmax(-1) for logits in pieces], dim=1)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What ``forward`` and ``generate`` call the cache: ``past_key_values``, or ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def kl_divergence(exact: Tensor, log_probs: Tensor) -> Tensor:
@@ -62,63 +62,7 @@ def kl_divergence(exact: Tensor, log_probs: Tensor) -> Tensor:
     return (exact.exp() * (exact - log_probs)).sum(-1)
 
 
-def dense(layer: Any) -> tuple[Tensor, Tensor]:
-    """The keys and values that a layer of a cache holds, ``[batch, kv_heads, tokens, head_dim]``."""
-    return layer.keys, layer.values
-
-
-class CachedKL:
-    """A config's loss: KL to full precision in nats per token, lower is better.
-
-    The prompt attends to its own exact keys and values whatever the config, so it runs once, and each config only
-    packs it anew and feeds the tokens behind it. Packed layers are kept, as most configs of a search share them.
-
-    Args:
-        model: a causal language model.
-        tokens: int64 ``[sequences, tokens]``, all but the first ``prefill`` of each scored.
-        prefill: tokens of the one-shot prefill.
-        step: tokens of every forward pass behind it.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, prefill: int, step: int):
-        self.model, self.tokens, self.prefill, self.step = model, tokens, prefill, step
-        self._prompt = KIVICache(KIVIConfig(nbits=16), config=model.config)
-        with torch.no_grad():
-            model(tokens[:, :prefill], past_key_values=self._prompt, logits_to_keep=1)
-        self._packed: dict[tuple[int, str], KIVILayer] = {}
-        self._exact = self.log_probs(copy.deepcopy(self._prompt))
-
-    def __call__(self, config: KIVIConfig) -> float:
-        """Mean KL(exact || config) over the scored tokens."""
-        return kl_divergence(self._exact, self.log_probs(self.cache(config))).mean().item()
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers that a config decides about."""
-        return [idx for idx, layer in enumerate(self._prompt.layers) if isinstance(layer, KIVILayer)]
-
-    def cache(self, config: KIVIConfig) -> KIVICache:
-        """A cache that holds the prompts as ``config`` packs them."""
-        cache = KIVICache(config, config=self.model.config)
-        for idx, layer in enumerate(self._prompt.layers):
-            packed = self.layer(idx, config.layer(idx)) if isinstance(layer, KIVILayer) else layer
-            cache.layers[idx] = copy.deepcopy(packed)
-        return cache
-
-    def layer(self, layer_idx: int, config: LayerConfig) -> KIVILayer:
-        """One layer that holds the prompts as ``config`` packs them; not to be added to."""
-        key = layer_idx, repr(config)
-        if key not in self._packed:
-            if len(self._packed) >= _KEPT_PER_LAYER * len(self.layers):
-                self._packed.clear()
-            self._packed[key] = KIVILayer(config)
-            self._packed[key].update(*self.prompt_states(layer_idx))
-        return self._packed[key]
-
-    def prompt_states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """The prompts' exact keys and values, ``[sequences, kv_heads, prefill, head_dim]``."""
-        return dense(self._prompt.layers[layer_idx])
-
-    def log_probs(self, cache: Cache) -> Tensor:
-        """As [`step_log_probs`], for a cache that holds the prompts."""
-        return _fed(self.model, self.tokens[:, self.prefill : -1], cache, self.step)
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """The first index at which two sequences differ or only one has ended; None where they are equal."""
+    pairs = enumerate(zip_longest(first, second))
+    return next((index for index, (one, other) in pairs if one != other), None)

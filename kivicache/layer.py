@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kivicache.attention import MAX_QUERY_LENGTH, PackedStates, layer_reasons
+from kivicache.attention import MAX_QUERY_LENGTH, PackedStates, layer_reasons, store_tokens
 from kivicache.config import LayerConfig
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
@@ -48,32 +48,27 @@ class KIVILayer(DynamicLayer):
         Raises:
             ValueError: where the new states do not fit the cached ones; the cache is left as it was.
         """
-        _check_pair(key_states, value_states)
+        check_pair(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
-        before = cached_keys.snapshot(), cached_values.snapshot()
-        try:
-            return self._update(cached_keys, cached_values, key_states, value_states)
-        except BaseException:  # out of memory, say, or Ctrl-C: whatever it was, no token is lost
-            self._keys, self._values = before
-            raise
-
-    def _update(
-        self, cached_keys: KIVIStates, cached_values: KIVIStates, key_states: Tensor, value_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        lengths = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
+        packed = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
         if self._attends_packed(key_states, value_states):
-            return (
-                self._update_packed(cached_keys, key_states, lengths[0]),
-                self._update_packed(cached_values, value_states, lengths[1]),
-            )
-        if len(cached_keys) == 0:
-            keys, values = key_states, value_states
+            new_keys, new_values = cached_keys.with_own_residual(), cached_values.with_own_residual()
+            # where something is packed, the sinks are complete
+            store_tokens(new_keys.residual, new_values.residual, key_states, value_states)
+            keys: Tensor = PackedStates(new_keys)
+            values: Tensor = PackedStates(new_values)
+            new_keys, new_values = new_keys.packing(packed[0]), new_values.packing(packed[1])
         else:
-            keys, values = cached_keys.read(tail=key_states), cached_values.read(tail=value_states)
-        cached_keys.append(key_states, lengths[0])
-        cached_values.append(value_states, lengths[1])
+            keys, values = key_states, value_states
+            if len(cached_keys) > 0:
+                keys, values = cached_keys.read(tail=key_states), cached_values.read(tail=value_states)
+            new_keys, new_values = cached_keys.snapshot(), cached_values.snapshot()
+            new_keys.append(key_states, packed[0])
+            new_values.append(value_states, packed[1])
+        # at once and at the end: out of memory before, say, or Ctrl-C, loses no token
+        self._keys, self._values = new_keys, new_values
         return keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -161,6 +156,18 @@ class KIVILayer(DynamicLayer):
         """The bytes held, see [`MemoryReport`]."""
         return sum((states.memory() for states in self._states()), MemoryReport())
 
+    def pretend(self, token: Tensor, length: int) -> None:
+        """Hold the memory of a prompt of ``length - 1`` tokens and one step, on the meta device.
+
+        Args:
+            token: keys, or values, ``[batch, kv_heads, 1, head_dim]``.
+        """
+        self.lazy_initialization(token, token)
+        before, after = (packed_lengths(self.config, tokens) for tokens in (length - 1, length))
+        for states, prompt_length, packed_length in zip(self._states(), before, after, strict=True):
+            states.pretend(length - 1, prompt_length)
+            states.append(token, packed_length)
+
     def __getattr__(self, name: str) -> Any:
         # Some models call methods of their own kind of layer, which a cache without their config did not make.
         raise AttributeError(
@@ -209,14 +216,6 @@ class KIVILayer(DynamicLayer):
             and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         )
 
-    @staticmethod
-    def _update_packed(cached: KIVIStates, states: Tensor, length: int) -> PackedStates:
-        """Join the new tokens to the residual, hand out the states as they then are, and pack what is due."""
-        cached.residual.append(states)  # where something is packed, the sinks are complete
-        seen = PackedStates(cached.snapshot())
-        cached.pack(length)
-        return seen
-
     def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[KIVIStates, KIVIStates]:
         """Both stores, once the new states are known to fit them and each other."""
         if self._keys is None or self._values is None or len(self._keys) != len(self._values):
@@ -244,7 +243,7 @@ class KIVILayer(DynamicLayer):
         return (states for states in (self._keys, self._values) if states is not None)
 
 
-def _check_pair(key_states: Tensor, value_states: Tensor) -> None:
+def check_pair(key_states: Tensor, value_states: Tensor) -> None:
     _check_dimensions("key_states", key_states)
     _check_dimensions("value_states", value_states)
     for dim, what in ((0, "sequences"), (2, "tokens")):

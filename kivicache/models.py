@@ -65,8 +65,8 @@ Retell this story in your own words."""
 class MissingPackage(ImportError):
     """An optional package is not installed; the message holds the command that installs it."""
 
-    def __init__(self, package: str):
-        super().__init__(f"{package} is not installed; install it with: {INSTALL}", name=package)
+    def __init__(self, package: str, install: str = INSTALL):
+        super().__init__(f"{package} is not installed; install it with: {install}", name=package)
 
 
 def load_model(

@@ -12,7 +12,7 @@ from kivicache.buffer import TokenBuffer
 from kivicache.packing import unpack, words_per_token
 from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
-from kivicache.triton import serves
+from kivicache.triton import on_device, serves
 
 
 class PackedTokens:
@@ -38,7 +38,7 @@ class PackedTokens:
         self.minimum = TokenBuffer(like, groups_width, METADATA_DTYPE)
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return self.codes.stop - self.codes.start
 
     @property
     def tokens_per_group(self) -> int:
@@ -48,7 +48,7 @@ class PackedTokens:
     def append(self, states: Tensor) -> None:
         """Quantize ``[batch, heads, tokens, head_dim]`` and add them; ``tokens`` in multiples of tokens_per_group."""
         if self.rotation is not None:
-            states = hadamard(states.float())
+            states = _rotated(states)
         words, scale, minimum = self.backend.quantize_pack(states, self.nbits, self.group_size, self.axis)
         self.codes.append(words)
         self.scale.append(scale)
@@ -60,7 +60,7 @@ class PackedTokens:
         words = self.codes.read(start, last * self.tokens_per_group)
         states = self._dequantize(words, self.scale.read(first, last), self.minimum.read(first, last))
         if self.rotation is not None:
-            states = hadamard(states)
+            states = _rotated(states)
         return states[:, :, : stop - start].to(self.dtype)
 
     def _dequantize(self, words: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class PackedTokens:
             return dequantize(unpack(words, self.nbits, self.head_dim), scale, minimum, self.group_size, self.axis)
         from kivicache.triton.unpack import unpack_dequantize  # triton is optional
 
-        with torch.cuda.device_of(words):
+        with on_device(words):
             return unpack_dequantize(words, scale, minimum, self.nbits, self.group_size, self.axis, self.head_dim)
 
     def snapshot(self) -> PackedTokens:
@@ -102,3 +102,13 @@ class PackedTokens:
     @property
     def buffers(self) -> tuple[TokenBuffer, TokenBuffer, TokenBuffer]:
         return self.codes, self.scale, self.minimum
+
+
+def _rotated(states: Tensor) -> Tensor:
+    """The Hadamard rotation of ``states`` ``[..., head_dim]``, in float32."""
+    if not serves(states.device):
+        return hadamard(states.float())
+    from kivicache.triton.rotate import rotate  # triton is optional
+
+    with on_device(states):
+        return rotate(states.contiguous(), torch.float32)

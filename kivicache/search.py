@@ -5,7 +5,7 @@ Everything here is arithmetic on a [`Profile`] and a loss that the caller brings
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,25 @@ from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 Assignment = dict[Unit, Choice]
 POPULATION = 20
-_PATIENCE = 20  # trials of all kinds per finished one: a tight budget leaves few that fit
+_EPSILON = 1e-9  # bits: sums of floats are not exact
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units that share one choice, and what each choice costs them: mean true bits, and the sum of their losses."""
+    """Units that share one choice.
+
+    Attributes:
+        values: how many values they cache together.
+        bits: choice -> true bits per value.
+        loss: choice -> the sum of the losses where one unit alone is packed.
+    """
 
     units: tuple[Unit, ...]
+    values: int
     bits: Mapping[Choice, float]
     loss: Mapping[Choice, float]
 
@@ -72,65 +79,74 @@ def cluster(profile: Profile, groups: int, measure: str = "e_o") -> list[Group]:
 
 def _group(units: Sequence[Unit], profile: Profile) -> Group:
     costs = [profile[unit] for unit in units]
-    bits = {choice: sum(cost[choice].bits for cost in costs) / len(units) for choice in costs[0]}
+    values = sum(next(iter(cost.values())).values for cost in costs)
+    bits = {choice: sum(cost[choice].bits * cost[choice].values for cost in costs) / values for choice in costs[0]}
     loss = {choice: sum(cost[choice].loss or 0.0 for cost in costs) for choice in costs[0]}
-    return Group(tuple(units), bits, loss)
+    return Group(tuple(units), values, bits, loss)
 
 
 def average_bits(groups: Sequence[Group], chosen: Sequence[Choice]) -> float:
     """Mean true bits per value over all units."""
-    total = sum(len(group.units) * group.bits[choice] for group, choice in zip(groups, chosen, strict=True))
-    return total / sum(len(group.units) for group in groups)
+    total = sum(group.values * group.bits[choice] for group, choice in zip(groups, chosen, strict=True))
+    return total / sum(group.values for group in groups)
 
 
-def greedy(groups: Sequence[Group]) -> list[tuple[Choice, ...]]:
-    """From the fewest bits of every group to the least loss, one upgrade at a time, the one that gains most per bit.
+def fewest(groups: Sequence[Group]) -> list[Choice]:
+    """The choice of fewest bits in every group."""
+    return [min(group.bits, key=lambda choice: (group.bits[choice], group.loss[choice])) for group in groups]
 
-    The losses are taken to add up over the groups, which they do while they are small.
+
+def filled(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> tuple[Choice, ...]:
+    """``chosen`` with better choices while any fits under the budget, each time the one that gains most per bit.
+
+    The losses are taken to add up over the groups, which they nearly do while they are small.
     """
-    chosen = [min(group.bits, key=lambda choice: (group.bits[choice], group.loss[choice])) for group in groups]
-    path = [tuple(chosen)]
+    now = list(chosen)
     while True:
-        gains = []
-        for idx, group in enumerate(groups):
-            now = chosen[idx]
-            for choice in group.bits:
-                cost = len(group.units) * (group.bits[choice] - group.bits[now])
-                gain = group.loss[now] - group.loss[choice]
-                if cost > 0 and gain > 0:
-                    gains.append((gain / cost, idx, choice))
+        room = budget - average_bits(groups, now) + _EPSILON
+        gains = [change for change in _changes(groups, now) if change.less_loss > 0 and change.bits <= room]
         if not gains:
-            return path
-        _, idx, choice = max(gains, key=lambda upgrade: upgrade[0])
-        chosen[idx] = choice
-        path.append(tuple(chosen))
+            return tuple(now)
+        best = max(gains, key=lambda change: change.less_loss / max(change.bits, _EPSILON))
+        now[best.index] = best.choice
+
+
+def repaired(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> tuple[Choice, ...]:
+    """``chosen`` with fewer bits, each time where a bit less costs least, until it fits under the budget."""
+    now = list(chosen)
+    while average_bits(groups, now) > budget + _EPSILON:
+        savings = [change for change in _changes(groups, now) if change.bits < 0]
+        best = min(savings, key=lambda change: change.less_loss / change.bits)
+        now[best.index] = best.choice
+    return tuple(now)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another choice for one group: what it adds to the average bits, and takes from the loss."""
+
+    index: int
+    choice: Choice
+    bits: float
+    less_loss: float
+
+
+def _changes(groups: Sequence[Group], chosen: Sequence[Choice]) -> Iterator[_Change]:
+    values = sum(group.values for group in groups)
+    for index, (group, now) in enumerate(zip(groups, chosen, strict=True)):
+        for choice in group.bits:
+            bits = group.values * (group.bits[choice] - group.bits[now]) / values
+            yield _Change(index, choice, bits, group.loss[now] - group.loss[choice])
 
 
 def seeds(groups: Sequence[Group], budget: float) -> list[tuple[Choice, ...]]:
-    """Where the search starts: the greedy solutions under the budget, each filled up to it, and the uniform ones."""
-    path = [chosen for chosen in greedy(groups) if average_bits(groups, chosen) <= budget]
-    filled = [_filled(groups, chosen, budget) for chosen in reversed(path)]
+    """Where the search starts: up from the fewest bits, down from the most, and the uniform settings that fit."""
     everywhere = set.intersection(*(set(group.bits) for group in groups))
     uniform = [(choice,) * len(groups) for choice in sorted(everywhere, key=str)]
-    feasible = [chosen for chosen in uniform if average_bits(groups, chosen) <= budget]
-    return list(dict.fromkeys([*filled[:POPULATION], *feasible]))
-
-
-def _filled(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> tuple[Choice, ...]:
-    """``chosen`` with the best upgrades that still fit under the budget."""
-    now = list(chosen)
-    while True:
-        upgrades = [
-            (group.loss[now[idx]] - group.loss[choice], idx, choice)
-            for idx, group in enumerate(groups)
-            for choice in group.bits
-            if group.loss[choice] < group.loss[now[idx]]
-            and average_bits(groups, [*now[:idx], choice, *now[idx + 1 :]]) <= budget
-        ]
-        if not upgrades:
-            return tuple(now)
-        _, idx, choice = max(upgrades, key=lambda upgrade: upgrade[0])
-        now[idx] = choice
+    fitting = [chosen for chosen in uniform if average_bits(groups, chosen) <= budget + _EPSILON]
+    most = [max(group.bits, key=lambda choice: (group.bits[choice], -group.loss[choice])) for group in groups]
+    up = [filled(groups, chosen, budget) for chosen in (fewest(groups), *fitting)]
+    return list(dict.fromkeys([up[0], repaired(groups, most, budget), *up[1:], *fitting]))
 
 
 def search(
@@ -143,43 +159,35 @@ def search(
 ) -> None:
     """Run trials until the study, which other processes may work on too, has ``trials`` finished ones.
 
-    A trial over the budget is stored as pruned, and its loss is not measured; nor is that of a choice tried before.
+    What NSGA-II suggests over the budget is repaired before it is measured, and nothing is measured twice. What was
+    measured, each group's choice and the mean bits, stands in the trial's user attributes.
 
     Raises:
         ValueError: where even the fewest bits are over the budget.
     """
-    from optuna.exceptions import TrialPruned
     from optuna.trial import TrialState
 
-    least = average_bits(groups, greedy(groups)[0])
-    if least > budget:
-        raise ValueError(
-            f"budget: got {budget}; allowed: at least {least:.3f} true bits per value, the fewest there are"
-        )
-    if not study.trials:
-        for chosen in seeds(groups, budget):
-            names = {_name(i): str(choice) for i, choice in enumerate(chosen)}
-            study.enqueue_trial(names, skip_if_exists=True)
+    least = average_bits(groups, fewest(groups))
+    if least > budget + _EPSILON:
+        raise ValueError(f"budget: got {budget}; allowed: at least {least:.3f}, the fewest true bits per value")
 
-    def objective(trial: Trial) -> tuple[float, float]:
-        chosen = [_suggest(trial, i, group) for i, group in enumerate(groups)]
-        bits = average_bits(groups, chosen)
-        trial.set_user_attr("bits", bits)
-        if bits > budget:
-            raise TrialPruned(f"{bits:.3f} bits")
-        for other in finished():
-            if other.params == trial.params:
-                return other.values[0], bits
-        return loss(expand(groups, chosen)), bits
-
-    def finished() -> list[Any]:
+    def finished() -> list[FrozenTrial]:
         return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
-    while len(finished()) < trials and len(study.get_trials(deepcopy=False)) < _PATIENCE * trials:
+    def objective(trial: Trial) -> tuple[float, float]:
+        chosen = repaired(groups, [_suggest(trial, i, group) for i, group in enumerate(groups)], budget)
+        names, bits = [str(choice) for choice in chosen], average_bits(groups, chosen)
+        trial.set_user_attr("chosen", names)
+        known = (other.values[0] for other in finished() if other.user_attrs["chosen"] == names)
+        measured = next(known, None)
+        return loss(expand(groups, chosen)) if measured is None else measured, bits
+
+    if not study.trials:
+        for chosen in seeds(groups, budget):
+            study.enqueue_trial({_name(i): str(choice) for i, choice in enumerate(chosen)}, skip_if_exists=True)
+    while len(finished()) < trials:
         study.optimize(objective, n_trials=1)
-        done = finished()
-        if done:
-            on_trial(len(done), min(trial.values[0] for trial in done))
+        on_trial(len(finished()), min(trial.values[0] for trial in finished()))
 
 
 def expand(groups: Sequence[Group], chosen: Sequence[Choice]) -> Assignment:
@@ -187,9 +195,11 @@ def expand(groups: Sequence[Group], chosen: Sequence[Choice]) -> Assignment:
     return {unit: choice for group, choice in zip(groups, chosen, strict=True) for unit in group.units}
 
 
-def chosen_in(groups: Sequence[Group], params: Mapping[str, str]) -> list[Choice]:
-    """The choices that a stored trial stands for."""
-    return [{str(c): c for c in group.bits}[params[_name(i)]] for i, group in enumerate(groups)]
+def best_of(study: Study, groups: Sequence[Group]) -> tuple[list[Choice], float]:
+    """Each group's choice in the finished trial of least loss, and that loss."""
+    best = min((trial for trial in study.get_trials(deepcopy=False) if trial.values), key=lambda trial: trial.values)
+    names = best.user_attrs["chosen"]
+    return [{str(c): c for c in group.bits}[name] for group, name in zip(groups, names, strict=True)], best.values[0]
 
 
 def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -> Study:

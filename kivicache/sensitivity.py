@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -18,28 +18,42 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kivicache.config import KIVIConfig
-from kivicache.fidelity import CachedKL, dense
+from kivicache.fidelity import cache_argument
+from kivicache.objectives import CachedKL, read_states
 
 Unit = tuple[int, int | None]  # a layer, or a layer and one of its kv heads
 ERRORS = ("e_k", "e_v", "e_a", "e_o")
+NBITS = (2, 4, 8)
 _RECORDING = "kivi_recording"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Choice:
-    """What may be chosen for a unit. Heads choose bits alone and share the rest with their layer."""
+    """What may be chosen for a unit.
+
+    Attributes:
+        nbits_key, nbits_value: bits of keys and values.
+        group_size: None: group size and rotation stay the layer's own, as they do for heads, which choose bits alone.
+        rotation: of keys and values.
+    """
 
     nbits_key: int
     nbits_value: int
-    group_size: int
+    group_size: int | None = None
     rotation: str | None = None
 
     def __str__(self) -> str:
-        return f"K{self.nbits_key}V{self.nbits_value} g{self.group_size}" + (f" {self.rotation}" * bool(self.rotation))
+        return " ".join(word for word in (self.pair, self.group_size and f"g{self.group_size}", self.rotation) if word)
 
     @property
     def pair(self) -> str:
         return f"K{self.nbits_key}V{self.nbits_value}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As fields of a config."""
+        bits = {"nbits_key": self.nbits_key, "nbits_value": self.nbits_value}
+        return bits if self.group_size is None else bits | {"group_size": self.group_size, "rotation": self.rotation}
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Sensitivity:
 
     Attributes:
         bits: true bits per value, scales and minima included.
+        values: how many values the unit caches, by which its bits weigh in the average.
         e_k, e_v: error of the keys and of the values, relative to their mean magnitude.
         e_a: mean absolute error of the attention probabilities.
         e_o: error of the attention's output, relative to its mean magnitude. (The paper divides value by value, where
@@ -56,6 +71,7 @@ class Sensitivity:
     """
 
     bits: float
+    values: int
     e_k: float
     e_v: float
     e_a: float
@@ -67,14 +83,10 @@ Profile = dict[Unit, dict[Choice, Sensitivity]]
 
 
 def choices(
-    base: KIVIConfig,
-    nbits: Sequence[int] = (2, 4, 8),
-    group_sizes: Sequence[int] | None = None,
-    rotations: Sequence[str | None] | None = None,
+    group_sizes: Sequence[int | None], rotations: Sequence[str | None], nbits: Sequence[int] = NBITS
 ) -> list[Choice]:
-    """Every choice of key bits, value bits, group size and rotation; the last two as in ``base`` unless given."""
-    sizes, turns = group_sizes or [base.group_size], rotations or [base.rotation]
-    return [Choice(*chosen) for chosen in product(nbits, nbits, sizes, turns)]
+    """Every choice of key bits, value bits, group size and rotation."""
+    return [Choice(*chosen) for chosen in product(nbits, nbits, group_sizes, rotations)]
 
 
 def assigned(base: KIVIConfig, assignment: Mapping[Unit, Choice]) -> KIVIConfig:
@@ -82,10 +94,10 @@ def assigned(base: KIVIConfig, assignment: Mapping[Unit, Choice]) -> KIVIConfig:
     settings = base.to_dict()
     for (layer_idx, head), choice in assignment.items():
         if head is None:
-            settings["layers"][layer_idx] = settings["layers"].get(layer_idx, {}) | asdict(choice)
+            settings["layers"][layer_idx] = settings["layers"].get(layer_idx, {}) | choice.settings
+            settings["heads"].pop(layer_idx, None)
         else:
-            bits = {"nbits_key": choice.nbits_key, "nbits_value": choice.nbits_value}
-            settings["heads"].setdefault(layer_idx, {})[head] = bits
+            settings["heads"].setdefault(layer_idx, {})[head] = choice.settings
     return KIVIConfig.from_dict(settings)
 
 
@@ -111,14 +123,15 @@ def profile_errors(
             layer = fidelity.layer(layer_idx, assigned(base, {(layer_idx, None): choice}).layer(layer_idx))
             keys, values = (
                 torch.cat([read, states[:, :, fidelity.prefill :]], dim=2)
-                for read, states in zip(dense(layer), (recorded.key, recorded.value), strict=True)
+                for read, states in zip(read_states(layer), (recorded.key, recorded.value), strict=True)
             )
             per_kv_head = _errors(recorded, keys, values, exact, _attended(recorded, keys, values))
-            bits = layer.memory().packed_bits_per_value
+            memory = layer.memory()
             heads: Sequence[int | None] = range(len(per_kv_head)) if per_head else [None]
+            packed = memory.packed_bits_per_value, memory.values // len(heads)
             for head in heads:
                 errors = per_kv_head.mean(0) if head is None else per_kv_head[head]
-                profile.setdefault((layer_idx, head), {})[choice] = Sensitivity(bits, *errors.tolist())
+                profile.setdefault((layer_idx, head), {})[choice] = Sensitivity(*packed, *errors.tolist())
         on_unit()
     return profile
 
@@ -144,8 +157,8 @@ def _attention_inputs(fidelity: CachedKL) -> dict[int, _AttentionInputs]:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     with _attention(fidelity.model, record):
-        exact = fidelity.cache(KIVIConfig(nbits=16))
-        fidelity.model(fidelity.tokens[:, fidelity.prefill : -1], past_key_values=exact, logits_to_keep=1)
+        exact = {cache_argument(fidelity.model): fidelity.cache(KIVIConfig(nbits=16))}
+        fidelity.model(fidelity.tokens[:, fidelity.prefill : -1], **exact, logits_to_keep=1)
     if missing := [idx for idx in fidelity.layers if idx not in inputs]:
         raise ValueError(
             f"model: the attention of {type(fidelity.model).__name__}'s layers {missing} cannot be seen; allowed: "

@@ -33,12 +33,14 @@ class KIVIStates:
             config: group size, sinks, rotation and backend of the layer.
         """
         self.sink_length = config.sink_length
+        self.axis, self.rotation = axis, config.rotation
         self.sinks = TokenBuffer(like)
         self.residual = TokenBuffer(like)
         self.packed: list[tuple[list[int] | slice, TokenBuffer | PackedTokens]] = []
-        for bits in sorted(set(nbits)):
-            members = [head for head, head_bits in enumerate(nbits) if head_bits == bits]
-            heads = slice(None) if len(members) == len(nbits) else members
+        bits_of_stores = sorted(set(nbits))
+        self.heads = tuple(tuple(h for h, head_bits in enumerate(nbits) if head_bits == b) for b in bits_of_stores)
+        for bits, members in zip(bits_of_stores, self.heads, strict=True):
+            heads = slice(None) if len(members) == len(nbits) else list(members)
             if bits == 16:
                 store: TokenBuffer | PackedTokens = TokenBuffer(like[:, heads])
             else:
@@ -47,7 +49,8 @@ class KIVIStates:
         self.tokens_per_group = config.group_size if axis == "channel" else 1
 
     def __len__(self) -> int:
-        return len(self.sinks) + self.packed_length + len(self.residual)
+        sinks, residual = self.sinks, self.residual  # not by their len(): it is asked for at every step
+        return sinks.stop - sinks.start + len(self.packed[0][1]) + residual.stop - residual.start
 
     @property
     def packed_length(self) -> int:
@@ -78,17 +81,26 @@ class KIVIStates:
             missing -= chunk.shape[2]
         self.residual.append(states)
 
-    def pack(self, packed_length: int) -> None:
-        """Pack the oldest exact tokens until ``packed_length`` are packed."""
-        if packed_length > self.packed_length:
-            self.append(self.residual.read(0, 0), packed_length)
+    def packing(self, packed_length: int) -> KIVIStates:
+        """The same tokens, the oldest exact ones packed until ``packed_length`` are: a snapshot where some must be."""
+        if packed_length <= self.packed_length:
+            return self
+        packed = self.snapshot()
+        packed.append(self.residual.read(0, 0), packed_length)
+        return packed
 
     def snapshot(self) -> KIVIStates:
         """The tokens as they are now, without a copy; adding and packing others leaves it as it is."""
+        taken = self.with_own_residual()
+        taken.sinks = self.sinks.snapshot()
+        taken.packed = [(heads, store.snapshot()) for heads, store in self.packed]
+        return taken
+
+    def with_own_residual(self) -> KIVIStates:
+        """A snapshot for a change of the residual alone; the rest is shared."""
         taken = KIVIStates.__new__(KIVIStates)
         taken.__dict__.update(self.__dict__)
-        taken.sinks, taken.residual = self.sinks.snapshot(), self.residual.snapshot()
-        taken.packed = [(heads, store.snapshot()) for heads, store in self.packed]
+        taken.residual = self.residual.snapshot()
         return taken
 
     def read(self, tail: Tensor | None = None) -> Tensor:
@@ -145,6 +157,20 @@ class KIVIStates:
             values=batch * kv_heads * len(self) * head_dim,
             packed_values=sum(batch * store.codes.data.shape[1] * len(store) * head_dim for store in packed),
         )
+
+    def pretend(self, length: int, packed_length: int) -> None:
+        """Empty states as if a prompt of ``length`` tokens had been appended: their room without their content."""
+        sinks = min(length, self.sink_length)
+        residual = length - sinks - packed_length
+        for store, tokens in ((self.sinks, sinks), (self.residual, residual)):
+            store.reserve(tokens)
+            store.stop = tokens
+        for _, packed in self.packed:
+            packed.reserve(packed_length)
+            groups = packed_length // self.tokens_per_group
+            buffers = (packed,) if isinstance(packed, TokenBuffer) else packed.buffers
+            for buffer, stop in zip(buffers, (packed_length, groups, groups), strict=False):
+                buffer.stop = stop
 
     def _read_packed(self, start: int, stop: int, out: Tensor) -> None:
         for first in range(start, stop, self._chunk_length):

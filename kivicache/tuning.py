@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache.config import KIVIConfig
-from kivicache.fidelity import CachedKL, spread_sequences
-from kivicache.search import average_bits, chosen_in, cluster, expand, open_study, prune, search
+from kivicache.fidelity import spread_sequences
+from kivicache.models import MissingPackage
+from kivicache.objectives import CachedKL
+from kivicache.search import average_bits, best_of, cluster, expand, open_study, prune, search
 from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit, assigned, choices, profile_errors
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 Objective = Callable[[KIVIConfig], float]
 OnProgress = Callable[[str, int, int, str], object]  # (stage, how much of it is done, of how much, a note)
 DEFAULT_BASE = KIVIConfig(backend="mse")
-_DATASET_ROWS = 2000
 STAGES = ("errors by layer", "loss by layer", "uniform settings", "search")
+_FROM_1 = ("trials", "groups", "sequences", "prefill", "scored")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class TuningSettings:
         trials: settings that the search tries.
         base: every setting that the search does not choose.
         group_sizes, rotations: those that a layer may choose.
-        per_head: choose for every kv head; heads choose bits alone, group size and rotation are those of ``base``.
+        per_head: choose for every kv head. Heads choose bits alone; their layer's group size and rotation stay those
+            of ``base``.
         groups: about as many groups of layers or heads share a choice.
         sequences, prefill, scored: pieces of text, tokens of each that are prefilled, and tokens scored behind them.
         seed: of the search.
@@ -49,23 +52,47 @@ class TuningSettings:
     per_head: bool = False
     groups: int = 12
     sequences: int = 6
-    prefill: int = 512
+    prefill: int = 544
     scored: int = 24
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if type(self.budget) not in (int, float) or not 2 < self.budget < 16:
+            raise ValueError(f"budget: got {self.budget!r}; allowed: a number of bits between 2 and 16")
+        for name in _FROM_1:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: got {value!r}; allowed: a whole number from 1")
+        for name, field in (("group_sizes", "group_size"), ("rotations", "rotation")):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: at least one {field}")
+            for value in getattr(self, name):
+                KIVIConfig.from_dict({field: value})
+
     def candidates(self) -> list[Choice]:
-        if self.per_head:
-            return choices(self.base)
-        return choices(self.base, group_sizes=self.group_sizes, rotations=self.rotations)
+        """What every layer, or every head, may choose."""
+        return choices([None], [None]) if self.per_head else self.uniform()
+
+    def uniform(self) -> list[Choice]:
+        """The settings for all layers alike that the search is to be compared with."""
+        return choices(self.group_sizes, self.rotations)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting that was tried: its true bits per value, its loss, and what it was where it is a uniform one."""
+    """A setting that was tried: its true bits per packed value, its loss, and what it was where it is uniform."""
 
     bits: float
     loss: float
     label: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured before the search, whatever its budget."""
+
+    profile: Profile
+    uniform: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
@@ -75,9 +102,8 @@ class TuningResult:
     settings: TuningSettings
     config: KIVIConfig
     best: Point
-    profile: Profile
+    measured: Measured
     trials: tuple[Point, ...]
-    uniform: tuple[Point, ...]
 
 
 def tune(
@@ -101,6 +127,7 @@ def run(
     storage: str | None = None,
     study_name: str = "kivicache",
     resume: bool = False,
+    measured: Measured | None = None,
     on_progress: OnProgress = lambda stage, done, total, note: None,
     **settings: Any,
 ) -> TuningResult:
@@ -114,6 +141,7 @@ def run(
             processes or machines may work on one study of one storage, each with the same settings.
         study_name: of the study there.
         resume: go on with a study that exists.
+        measured: of another result that differs in budget, trials, groups or seed alone.
         on_progress: told what is done of each of [`STAGES`].
         settings: the fields of [`TuningSettings`].
 
@@ -121,67 +149,82 @@ def run(
         ValueError: naming the setting, what was given and what is allowed.
     """
     if missing := [name for name in ("optuna", "sklearn") if find_spec(name) is None]:
-        raise ImportError(f'{missing[0]} is not installed; install it with: pip install "kivicache[tune]"')
+        raise MissingPackage(missing[0], 'pip install "kivicache[tune]"')
+    if unknown := sorted(set(settings) - {field.name for field in fields(TuningSettings)}):
+        allowed = ", ".join(field.name for field in fields(TuningSettings))
+        raise ValueError(f"{unknown[0]}: unknown setting; allowed: {allowed}")
     chosen = TuningSettings(**settings)
-    fidelity = CachedKL(model, calibration(tokenizer, texts, chosen).to(model.device), chosen.prefill, chosen.scored)
-    loss: Objective = objective or fidelity
     study = open_study(storage, study_name, chosen.seed, resume)
     _claim(study, chosen, model)
-    profile = _profile(study, fidelity, loss, chosen, on_progress)
-    uniform = _uniform(study, fidelity, loss, chosen, on_progress)
-    groups = cluster(prune(profile), chosen.groups, "loss")
+    tokens = calibration(tokenizer, texts, chosen).to(model.device)
+    fidelity = CachedKL(model, tokens, chosen.prefill, chosen.scored)
+    loss: Objective = objective or fidelity
+    if measured is None and (measured := _stored(study)) is None:
+        profile = _profile(fidelity, loss, chosen, on_progress)
+        measured = Measured(profile, _uniform(fidelity, loss, chosen, on_progress))
+    measured = _stored(study) or _store(study, measured)
+    groups = cluster(prune(measured.profile), chosen.groups, "loss")
     search(
         study,
         groups,
         lambda assignment: loss(assigned(chosen.base, assignment)),
         chosen.budget,
         chosen.trials,
-        lambda done, best: on_progress(STAGES[3], done, chosen.trials, f"best {best:.5f}"),
+        lambda done, best: on_progress(STAGES[3], min(done, chosen.trials), chosen.trials, f"best {best:.5f}"),
     )
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.values]
-    best = min(done, key=lambda trial: (trial.values[0], trial.values[1]))
-    found = chosen_in(groups, best.params)
+    found, least = best_of(study, groups)
     return TuningResult(
         settings=chosen,
         config=assigned(chosen.base, expand(groups, found)),
-        best=Point(average_bits(groups, found), best.values[0]),
-        profile=profile,
-        trials=tuple(Point(trial.values[1], trial.values[0]) for trial in done),
-        uniform=uniform,
+        best=Point(average_bits(groups, found), least),
+        measured=measured,
+        trials=tuple(Point(t.values[1], t.values[0]) for t in study.get_trials(deepcopy=False) if t.values),
     )
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], settings: TuningSettings) -> Tensor:
     """``[sequences, tokens]``: pieces evenly spread over the texts."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts: got the text {texts[:40]!r}; allowed: several texts, such as a list")
     tokens = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"])
     return spread_sequences(tokens, settings.sequences, settings.prefill + settings.scored + 1)
 
 
-def default_texts() -> list[str]:
-    """English prose that every Python carries: its own language reference, which ``help("topics")`` shows."""
-    from pydoc_data.topics import topics
+def _profile(fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress) -> Profile:
+    """The profile, with a loss for every choice that is on its unit's front."""
+    layers, done = len(fidelity.layers), 0
 
-    return [topics[name] for name in sorted(topics)]
+    def on_unit() -> None:
+        nonlocal done
+        done += 1
+        on_progress(STAGES[0], done, layers, "")
+
+    on_progress(STAGES[0], 0, layers, "")
+    profile = profile_errors(fidelity, settings.base, settings.candidates(), settings.per_head, on_unit)
+    exact = KIVIConfig.from_dict(settings.base.to_dict() | {"nbits_key": 16, "nbits_value": 16})
+    fronts = [(unit, choice) for unit, front in prune(profile).items() for choice in front]
+    for count, (unit, choice) in enumerate(fronts, 1):
+        measured = replace(profile[unit][choice], loss=loss(assigned(exact, {unit: choice})))
+        profile[unit][choice] = measured
+        on_progress(STAGES[1], count, len(fronts), "")
+    return profile
 
 
-def dataset_texts(name: str) -> list[str]:
-    """Texts of a hub dataset, ``NAME`` or ``NAME:CONFIG``: the ``text`` column of the start of its train split."""
-    if find_spec("datasets") is None:
-        raise ImportError('datasets is not installed; install it with: pip install "kivicache[eval]"')
-    from datasets import load_dataset
-
-    path, _, config = name.partition(":")
-    try:
-        rows = load_dataset(path, config or None, split="train", streaming=True)
-        texts = [row["text"] for row in rows.take(_DATASET_ROWS) if row["text"].strip()]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"dataset {name!r} cannot be read: {error}") from error
-    return texts
+def _uniform(
+    fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress
+) -> tuple[Point, ...]:
+    points: list[Point] = []
+    for choice in settings.uniform():
+        config = KIVIConfig.from_dict({**settings.base.to_dict(), **choice.settings, "layers": {}, "heads": {}})
+        bits = fidelity.cache(config).memory().packed_bits_per_value
+        points.append(Point(bits, loss(config), str(choice)))
+        on_progress(STAGES[2], len(points), len(settings.uniform()), "")
+    return tuple(points)
 
 
 def _claim(study: Study, settings: TuningSettings, model: PreTrainedModel) -> None:
     """Mark the study as one of these settings, or refuse to mix it with another's."""
-    mine = {name: str(value) for name, value in asdict(replace(settings, trials=0, seed=0)).items()}
+    mine = {name: str(value) for name, value in asdict(replace(settings, trials=1, seed=0)).items()}
     mine["model"] = str(model.name_or_path)
     theirs = study.user_attrs.get("settings", mine)
     for name, value in mine.items():
@@ -190,59 +233,23 @@ def _claim(study: Study, settings: TuningSettings, model: PreTrainedModel) -> No
     study.set_user_attr("settings", mine)
 
 
-def _profile(
-    study: Study, fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress
-) -> Profile:
-    """The profile, from the study where it is there, with a loss for every choice that is on its unit's front."""
-    stored = study.user_attrs
-    if "units" in stored:
-        return {_unit(name): _costs(stored[f"profile {name}"]) for name in stored["units"]}
-    layers = len(fidelity.layers)
-    done = iter(range(1, layers + 1))
-    on_progress(STAGES[0], 0, layers, "")
-    profile = profile_errors(
-        fidelity,
-        settings.base,
-        settings.candidates(),
-        settings.per_head,
-        lambda: on_progress(STAGES[0], next(done), layers, ""),
-    )
-    exact = KIVIConfig.from_dict(settings.base.to_dict() | {"nbits_key": 16, "nbits_value": 16})
-    fronts = [(unit, choice) for unit, front in prune(profile).items() for choice in front]
-    for count, (unit, choice) in enumerate(fronts):
-        on_progress(STAGES[1], count, len(fronts), "")
-        measured = replace(profile[unit][choice], loss=loss(assigned(exact, {unit: choice})))
-        profile[unit][choice] = measured
-    on_progress(STAGES[1], len(fronts), len(fronts), "")
-    for unit, costs in profile.items():
+def _store(study: Study, measured: Measured) -> Measured:
+    """Keep in the study what was measured; an entry per unit, as databases limit the length of one."""
+    for unit, costs in measured.profile.items():
         study.set_user_attr(f"profile {unit}", [[asdict(choice), asdict(cost)] for choice, cost in costs.items()])
-    study.set_user_attr("units", [str(unit) for unit in profile])
-    return profile
+    study.set_user_attr("uniform", [asdict(point) for point in measured.uniform])
+    study.set_user_attr("units", list(measured.profile))
+    return measured
 
 
-def _unit(name: str) -> Unit:
-    layer_idx, head = name.strip("()").split(", ")
-    return int(layer_idx), None if head == "None" else int(head)
+def _stored(study: Study) -> Measured | None:
+    stored = study.user_attrs
+    if "units" not in stored:
+        return None
+    units: list[Unit] = [(layer_idx, head) for layer_idx, head in stored["units"]]
+    uniform = tuple(Point(**point) for point in stored["uniform"])
+    return Measured({unit: _costs(stored[f"profile {unit}"]) for unit in units}, uniform)
 
 
 def _costs(stored: Sequence[Any]) -> dict[Choice, Sensitivity]:
     return {Choice(**choice): Sensitivity(**cost) for choice, cost in stored}
-
-
-def _uniform(
-    study: Study, fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress
-) -> tuple[Point, ...]:
-    """Every choice for all layers alike, up to one bit above the budget: what the search is to be compared with."""
-    if "uniform" in study.user_attrs:
-        return tuple(Point(**point) for point in study.user_attrs["uniform"])
-    points = []
-    candidates = settings.candidates()
-    for count, choice in enumerate(candidates):
-        on_progress(STAGES[2], count, len(candidates), "")
-        config = assigned(settings.base, {(layer_idx, None): choice for layer_idx in fidelity.layers})
-        bits = fidelity.layer(fidelity.layers[0], config.layer(fidelity.layers[0])).memory().packed_bits_per_value
-        if bits <= settings.budget + 1:
-            points.append(Point(bits, loss(config), str(choice)))
-    on_progress(STAGES[2], len(candidates), len(candidates), "")
-    study.set_user_attr("uniform", [asdict(point) for point in points])
-    return tuple(points)

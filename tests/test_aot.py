@@ -13,7 +13,15 @@ pytest.importorskip("triton")
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 NBITS = [(2, 2), (8, 8)]
-DTYPES = {"word": "*i16", "scale": "*fp16", "min": "*fp16", "len": "*i32", "lse": "*fp32", "o": "*fp32"}
+DTYPES = {
+    "word": "*i16",
+    "scale": "*fp16",
+    "min": "*fp16",
+    "len": "*i32",
+    "head": "*i32",
+    "lse": "*fp32",
+    "o": "*fp32",
+}
 
 
 def compile_kernel(kernel, target, pointers, constants, num_warps, gluon=False):
@@ -60,45 +68,54 @@ def words(head_dim, nbits):
     return head_dim if nbits == 16 else -(-head_dim * nbits // 16)
 
 
-def compile_decode(target, head_dim, nbits, mask=0, softcap=False, states="*bf16", rows=4):
+def compile_decode(
+    target, head_dim, nbits, mask=0, softcap=False, states="*bf16", rows=4, group_size=32, axes=("channel", "token"),
+    mixed=False, rotated=False,
+):  # fmt: skip
     import triton.language as tl
     from triton import next_power_of_2
 
     from kivicache.triton import tuning
-    from kivicache.triton.decode import decode_kernel
+    from kivicache.triton.decode_portable import decode_kernel
 
     k_words, v_words = (words(head_dim, n) for n in nbits)
     constants = {
         "ROWS": rows,
         "Q": 1,
-        "D": head_dim,
-        "G": 32,
+        "DK": head_dim,
+        "DV": head_dim,
+        "G_K": group_size,
+        "G_V": group_size,
         "K_NBITS": nbits[0],
         "V_NBITS": nbits[1],
-        "K_W": k_words,
-        "V_W": v_words,
-        "K_CHANNEL": True,
-        "V_CHANNEL": False,
+        "K_CHANNEL": axes[0] == "channel",
+        "V_CHANNEL": axes[1] == "channel",
         "MASK": mask,
         "SOFTCAP": softcap,
         "LENGTHS_ON_DEVICE": False,
+        "MIXED": mixed,
+        "ROTATED": rotated,
         "BLOCK_N": 16,
-        "BLOCK_T": 32,
+        "BLOCK_T": tuning.portable_block((group_size, group_size), axes),
+        "BLOCK_DK": max(16, next_power_of_2(head_dim)),
         "BLOCK_KW": max(16, next_power_of_2(k_words)),
         "BLOCK_VW": max(16, next_power_of_2(v_words)),
         "DOT_TYPE": tl.float32 if states == "*fp32" else tl.float16,
+        "PTX": target.startswith("sm") and states != "*fp32",
     }
     pointers = pointer_types(decode_kernel, states) | {"mask_ptr": "*i8" if mask < 2 else states}
+    pointers |= {f"{side}_word_ptr": states for side, n in zip("kv", nbits, strict=True) if n == 16}
     warps = tuning.PORTABLE_WARPS if target.startswith("gfx") else tuning.PORTABLE_WARPS_NVIDIA
-    compile_kernel(decode_kernel, target, pointers, constants, warps)
+    return compile_kernel(decode_kernel, target, pointers, constants, warps)
 
 
-def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4):
+def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4, mixed=False, rotated=False):
     from kivicache.triton import decode_nvidia, tuning
 
     kernel = decode_nvidia.decode_kernel
     constants = {
         "H": 8,
+        "HEADS": 8,
         "ROWS": rows,
         "Q": 1,
         "N": 8 if rows <= 8 else 16,
@@ -113,11 +130,13 @@ def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4):
         "MASK": mask,
         "SOFTCAP": softcap,
         "DEVLEN": False,
+        "MIXED": mixed,
+        "ROTATED": rotated,
     }
     pointers = pointer_types(kernel, "*bf16") | {"mask_ptr": "*i8" if mask < 2 else "*bf16"}
     pointers |= {"kw": "*i16", "vw": "*i16"} | dict.fromkeys(("ks", "km", "vs", "vm"), "*fp16")
     pointers |= dict.fromkeys(("kst", "vst", "kr", "vr"), "*bf16")
-    compile_kernel(kernel, target, pointers, constants, num_warps=1, gluon=True)
+    return compile_kernel(kernel, target, pointers, constants, num_warps=1, gluon=True)
 
 
 def compile_pack(target, head_dim, nbits):
@@ -137,15 +156,54 @@ def compile_pack(target, head_dim, nbits):
         compile_kernel(unpack_kernel, target, pointer_types(unpack_kernel, "*fp32"), constants, num_warps=4)
 
 
+def compile_append(target, head_dim, nbits, query_length=1):
+    from triton import next_power_of_2
+
+    from kivicache.triton.append import append_kernel
+
+    k_words, v_words = (words(head_dim, n) for n in nbits)
+    constants = {
+        "Q": query_length,
+        "S": 32,
+        "RESIDUAL": 128,
+        "BLOCK": 32,
+        "SINK_ROWS": 48,
+        "RES_ROWS": 192,
+        "D": head_dim,
+        "G": 32,
+        "K_NBITS": nbits[0],
+        "V_NBITS": nbits[1],
+        "K_W": k_words,
+        "V_W": v_words,
+        "K_CHANNEL": True,
+        "V_CHANNEL": False,
+        "BLOCK_G": 32,
+        "BLOCK_KW": next_power_of_2(k_words),
+        "BLOCK_VW": next_power_of_2(v_words),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_Q": next_power_of_2(query_length),
+    }
+    compile_kernel(append_kernel, target, pointer_types(append_kernel, "*bf16"), constants, num_warps=4)
+
+
 def compile_combine(target):
     from kivicache.triton.combine import combine_kernel
+    from kivicache.triton.rotate import rotate_kernel
 
+    shape = {"ROWS": 4, "D": 80, "BLOCK_D": 128, "ROTATION_BLOCK": 16}
     pointers = pointer_types(combine_kernel, "*bf16")
-    compile_kernel(combine_kernel, target, pointers, {"BLOCK_S": 64, "BLOCK_D": 128}, num_warps=4)
+    compile_kernel(combine_kernel, target, pointers, shape | {"BLOCK_S": 16, "AUX": True}, num_warps=4)
+    shape.pop("ROWS")
+    compile_kernel(rotate_kernel, target, pointer_types(rotate_kernel, "*bf16"), shape | {"BLOCK_R": 4}, num_warps=1)
 
 
 PORTABLE = {
     "decode": ["compile_decode({target!r}, 128, (4, 2))"],
+    "decode of other formats": [
+        "compile_decode({target!r}, 80, (2, 16), mask=1, mixed=True, rotated=True)",
+        'compile_decode({target!r}, 128, (8, 8), group_size=128, axes=("token", "token"), states="*fp32")',
+    ],
+    "append": ["compile_append({target!r}, 128, (4, 2))", "compile_append({target!r}, 80, (8, 8), query_length=5)"],
     "pack and combine": [
         "compile_pack({target!r}, 128, 8)",
         "compile_pack({target!r}, 80, 4)",
@@ -157,6 +215,7 @@ FAST = {
     "fast decode of other shapes": [
         "compile_fast({target!r}, 64, (4, 4), mask=1, rows=16)",
         "compile_fast({target!r}, 128, (2, 2), mask=2, softcap=True)",
+        "compile_fast({target!r}, 128, (4, 2), mixed=True, rotated=True)",
     ],
 }
 

@@ -139,18 +139,47 @@ def test_generates_the_same_tokens_as_the_dense_path(fused_on_the_cpu, monkeypat
     assert (logits - expected_logits).norm() / expected_logits.norm() < 1e-4
 
 
-def test_explains_why_a_layer_is_dense(fused_on_the_cpu):
-    config = KIVIConfig(
-        layers={1: {"rotation": "hadamard"}, 2: {"nbits_value": 16}}, heads={3: {0: 8}}, nbits_key=4, nbits_value=4
-    )
+def test_explains_which_path_each_layer_takes(fused_on_the_cpu):
+    layers = {1: {"rotation": "hadamard"}, 2: {"nbits_value": 16}, 5: {"nbits": 16}, 6: {"rotation": "hadamard"}}
+    config = KIVIConfig(layers=layers, heads={3: {0: 8}, 6: {1: {"nbits_value": 16}}}, nbits_key=4, nbits_value=4)
     cache = KIVICache(config)
-    for layer_idx in range(5):
-        states = torch.randn(1, 2, 10, 64)
+    for layer_idx in range(9):
+        states = torch.randn(1, 2, 10, 288 if layer_idx == 7 else 64)
+        states = states.double() if layer_idx == 8 else states
         cache.update(states, states[..., :32] if layer_idx == 4 else states, layer_idx)
     explained = cache.explain()
-    assert explained[0] == "packed"
-    for layer_idx, reason in ((1, "rotated"), (2, "values have 16 bits"), (3, "heads"), (4, "head_dim 64, values 32")):
+    assert [explained[layer_idx] for layer_idx in range(5)] == ["packed"] * 5
+    for layer_idx, reason in enumerate(("nothing is packed", "values are rotated", "over 256", "float64"), start=5):
         assert explained[layer_idx].startswith("dense: ") and reason in explained[layer_idx]
+
+
+FORMATS = {
+    "rotated": KIVIConfig(nbits=4, rotation="hadamard", **SMALL),
+    "mixed heads": KIVIConfig(nbits=2, heads={0: {0: 8, 1: {"nbits_key": 4}}}, **SMALL),
+    "16-bit values, rotated keys": KIVIConfig(nbits_key=4, nbits_value=16, rotation="hadamard", **SMALL),
+    "a 16-bit head": KIVIConfig(nbits=4, heads={0: {1: 16}}, **SMALL),
+    "per token": KIVIConfig(nbits=4, group_size=-1, **SMALL),
+    "paper, rotated": KIVIConfig(nbits=4, policy="paper", residual_length=32, sink_length=0, rotation="hadamard"),
+}
+
+
+@pytest.mark.parametrize("config", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("steps", [1, 40])
+def test_every_format_is_fused(fused_on_the_cpu, monkeypatch, config, steps):
+    """Also after decoding on: what is packed then was packed block by block. Value heads are narrower."""
+    layer = KIVILayer(config.layer(0))
+    prompt, tokens = torch.randn(2, 2, 50, 64), torch.randn(2, 2, steps, 64)
+    layer.update(prompt, prompt[..., :48])
+    for i in range(steps - 1):
+        layer.update(tokens[:, :, i : i + 1], tokens[:, :, i : i + 1, :48])
+    last = tokens[:, :, -1:]
+    dense = [torch.cat([layer.keys, last], 2).double(), torch.cat([layer.values, last[..., :48]], 2).double()]
+    keys, values = layer.update(last, last[..., :48])
+    query = torch.randn(2, 4, 1, 64)
+    monkeypatch.setattr(PackedStates, "dense", lambda self: pytest.fail("went dense"))
+    output = scaled_dot_product_attention(query, repeat_kv(keys, 2), repeat_kv(values, 2))
+    expected = scaled_dot_product_attention(query.double(), *(repeat_kv(x, 2) for x in dense))
+    assert (output - expected).norm() / expected.norm() < 1e-4
 
 
 def test_gradients_take_the_dense_path(fused_on_the_cpu):

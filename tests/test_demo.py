@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from kivicache import KIVICache, KIVIConfig, MemoryReport, demo
 from kivicache.__main__ import main
-from tests.tiny import VOCAB, tiny_llama
+from tests.tiny import tiny_llama, word_tokenizer
 
 COARSE = KIVIConfig(nbits=2, group_size=8, residual_length=8, sink_length=0)
 PROMPT = " ".join(f"w{3 + i * 7 % 90}" for i in range(60))
@@ -20,10 +19,7 @@ PROMPT = " ".join(f"w{3 + i * 7 % 90}" for i in range(60))
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import functools
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 100
 
@@ -39,3 +40,11 @@ def prompt(batch=2, tokens=70, padding=0):
     input_ids[0, :padding] = 0
     attention_mask[0, :padding] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def word_tokenizer():
+    """A tokenizer of the words w3 to w99, for the tiny models."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

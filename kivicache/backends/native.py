@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kivicache.backends.base import Backend
 from kivicache.quantization import quantize
-from kivicache.triton import serves
+from kivicache.triton import on_device, serves
 
 
 class NativeBackend(Backend, name="native"):
@@ -21,5 +20,5 @@ class NativeBackend(Backend, name="native"):
             return super().quantize_pack(states, nbits, group_size, axis)
         from kivicache.triton.pack import quantize_pack  # triton is optional
 
-        with torch.cuda.device_of(states):
+        with on_device(states):
             return quantize_pack(states, nbits, group_size, axis)

@@ -4,13 +4,18 @@ One warp a program: no barrier ever waits for another warp. The packed bytes of 
 (cp.async) while this one is worked on, so nothing in flight holds a register.
 """
 
-import torch
+from __future__ import annotations
+
+import functools
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kivicache.triton import tuning
+from kivicache.triton.launch import Launcher
+from kivicache.triton.operands import Call, Pair
 from kivicache.triton.tile_nvidia import (
     async_copy,
     code_factor,
@@ -38,27 +43,33 @@ from kivicache.triton.tile_nvidia import (
 )
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["n_sink", "n_key", "n_value", "n_total", "n_exact", "mask_b", "mask_h", "mask_q", "mask_t"],
+    do_not_specialize_on_alignment=["mask_ptr", "len_ptr", "head_ptr", "lse_ptr"],
+)
 def decode_kernel(
-    q_ptr,  # float16 or bfloat16 [B, H, ROWS, D]: a key head's query heads, each with its Q tokens, are its rows
+    q_ptr,  # float16 or bfloat16 [B, HEADS, ROWS, D]: a key head's query heads, each with its Q tokens, are its rows
+    qr_ptr,  # the same for packed keys: rotated where they are
     kw,
-    vw,  # words int16 [B, H, T, WK], [B, H, T, WV]
+    vw,  # words int16 [B, heads, T, WK], [B, heads, T, WV]
     ks,
-    km,  # keys' scale, minimum float16 [B, H, T / G, D]
+    km,  # keys' scale, minimum float16 [B, heads, T / G, D]
     vs,
-    vm,  # values' scale, minimum float16 [B, H, T, D / G]
+    vm,  # values' scale, minimum float16 [B, heads, T, D / G]
     kst,
     vst,
     kr,
-    vr,  # sinks and newest tokens in full precision, [B, H, tokens, D], of q's dtype
+    vr,  # sinks and newest tokens in full precision, [B, HEADS, tokens, D], of q's dtype
     mask_ptr,  # bool as uint8, or additive: [B, 1 or query heads, Q, positions]
     len_ptr,  # int32 [4]: n_sink, n_key, n_value, n_total, when DEVLEN
+    head_ptr,  # int32 [3, H], when MIXED: the key head, and where it lies in the stores of keys and of values
     o_ptr,
-    lse_ptr,  # float32 [B * H, splits, ROWS, D], [B * H, splits, ROWS]
+    lse_ptr,  # float32 [B * HEADS, splits, ROWS, D], [B * HEADS, splits, ROWS]
     n_sink,
     n_key,
     n_value,
     n_total,
+    n_exact,  # when ROTATED: the first splits, for the values that are not rotated
     scale,
     cap,
     kw_b,
@@ -69,25 +80,20 @@ def decode_kernel(
     km_h,
     vm_b,
     vm_h,
-    stride_kw,
-    stride_vw,
     kst_b,
     kst_h,
-    kst_t,
     vst_b,
     vst_h,
-    vst_t,
     kr_b,
     kr_h,
-    kr_t,
     vr_b,
     vr_h,
-    vr_t,
     mask_b,
     mask_h,
     mask_q,
     mask_t,
     H: gl.constexpr,
+    HEADS: gl.constexpr,
     ROWS: gl.constexpr,
     Q: gl.constexpr,
     N: gl.constexpr,
@@ -102,13 +108,21 @@ def decode_kernel(
     MASK: gl.constexpr,
     SOFTCAP: gl.constexpr,
     DEVLEN: gl.constexpr,
+    MIXED: gl.constexpr,
+    ROTATED: gl.constexpr,
 ):
     i_s = gl.program_id(0)
-    i_bh = gl.program_id(1)
     row = gl.program_id(2) * N
     n_s = gl.num_programs(0)
-    i_b = (i_bh // H).to(gl.int64)
-    i_h = (i_bh % H).to(gl.int64)
+    i_b = (gl.program_id(1) // H).to(gl.int64)
+    i_h = (gl.program_id(1) % H).to(gl.int64)
+    h_k = i_h
+    h_v = i_h
+    if MIXED:
+        h_k = gl.load(head_ptr + H + i_h).to(gl.int64)
+        h_v = gl.load(head_ptr + 2 * H + i_h).to(gl.int64)
+        i_h = gl.load(head_ptr + i_h).to(gl.int64)
+    i_bh = i_b * HEADS + i_h
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -132,49 +146,62 @@ def decode_kernel(
         n_value = gl.load(len_ptr + 2)
         n_total = gl.load(len_ptr + 3)
     T = gl.minimum(n_key, n_value)
-    kw += i_b * kw_b + i_h * kw_h
-    vw += i_b * vw_b + i_h * vw_h
-    ks += i_b * km_b + i_h * km_h
-    km += i_b * km_b + i_h * km_h
-    vs += i_b * vm_b + i_h * vm_h
-    vm += i_b * vm_b + i_h * vm_h
+    kw += i_b * kw_b + h_k * kw_h
+    vw += i_b * vw_b + h_v * vw_h
+    ks += i_b * km_b + h_k * km_h
+    km += i_b * km_b + h_k * km_h
+    vs += i_b * vm_b + h_v * vm_h
+    vm += i_b * vm_b + h_v * vm_h
     # the mask's head stride serves [B, 1, q, T] (0) and [B, heads, q, T] through the row's own head
     mask_ptr += i_b * mask_b
-    row0 = (i_bh.to(gl.int64) * n_s + i_s) * ROWS + row
+    row0 = (i_bh * n_s + i_s) * ROWS + row
     n_ok = ROWS - row
     nn = gl.arange(0, N, layout=ROW)
 
-    # Full-precision tokens, 32 at a time: the sinks, then the tokens that only one of keys and values has packed
-    # (keys and values may be split at different tokens), then the newest ones. In a tile each is of one kind.
+    # Full-precision tokens, 32 at a time: the sinks, the newest, and those that only one of keys and values has packed
+    # (keys and values may be split at different tokens). In a tile each is of one kind.
     DT: gl.constexpr = q_ptr.dtype.element_ty
     SX: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     sx = gl.allocate_shared_memory(DT, [32, D], SX)
     n_e = gl.arange(0, N, layout=gl.SliceLayout(0, B))
-    qe = (
-        q_ptr
-        + (i_bh.to(gl.int64) * ROWS + row + n_e)[None, :] * D
-        + gl.arange(0, D, layout=gl.SliceLayout(1, B))[:, None]
-    )
-    qe = gl.load(qe, mask=(n_e < n_ok)[None, :], other=0.0)
+    oe = (i_bh * ROWS + row + n_e)[None, :] * D + gl.arange(0, D, layout=gl.SliceLayout(1, B))[:, None]
+    qe = gl.load(q_ptr + oe, mask=(n_e < n_ok)[None, :], other=0.0)
     kst += i_b * kst_b + i_h * kst_h
     vst += i_b * vst_b + i_h * vst_h
     kr += i_b * kr_b + i_h * kr_h
     vr += i_b * vr_b + i_h * vr_h
     n_one = gl.maximum(n_key, n_value)
     tiles_sink = (n_sink + 31) // 32
-    tiles_one = (n_one - T + 31) // 32
-    tiles = tiles_sink + tiles_one + (n_total - n_sink - n_one + 31) // 32
+    tiles_new = tiles_sink + (n_total - n_sink - n_one + 31) // 32
+    tiles = tiles_new + (n_one - T + 31) // 32
     m_e = gl.full([N], -1e30, gl.float32, layout=ROW)
     l_e = gl.zeros([N], gl.float32, layout=ROW)
     acc_e = gl.zeros([D, N], gl.float32, layout=MMA)
     # The work in units of one tile of BT packed tokens, a full-precision tile counting as two: an even share for each
     # program, the full-precision tiles to the first programs.
     packed_tiles = (T + BT - 1) // BT
-    share = (2 * tiles + packed_tiles + n_s - 1) // n_s
-    edge_first = gl.minimum((i_s * share + 1) // 2, tiles)
-    edge_last = gl.minimum((i_s * share + share + 1) // 2, tiles)
-    t_first = gl.minimum(gl.maximum(i_s * share - 2 * tiles, 0), packed_tiles) * BT
-    t_last = gl.minimum(gl.maximum(i_s * share + share - 2 * tiles, 0) * BT, T)
+    units = 2 * tiles
+    first_unit = 0
+    last_unit = 0
+    if ROTATED:  # a split holds rotated values or others, never both: the merge turns back the sum of the former
+        exact = 2 * gl.where(n_value > n_key, tiles_new, tiles)
+        if i_s < n_exact:
+            # whole tiles each, so that no two programs meet in one
+            share = 2 * ((exact // 2 + n_exact - 1) // n_exact)
+            first_unit = gl.minimum(i_s * share, exact)
+            last_unit = gl.minimum(i_s * share + share, exact)
+        else:
+            share = (units - exact + packed_tiles + n_s - n_exact - 1) // (n_s - n_exact)
+            first_unit = exact + (i_s - n_exact) * share
+            last_unit = first_unit + share
+    else:
+        share = (units + packed_tiles + n_s - 1) // n_s
+        first_unit = i_s * share
+        last_unit = first_unit + share
+    edge_first = gl.minimum((first_unit + 1) // 2, tiles)
+    edge_last = gl.minimum((last_unit + 1) // 2, tiles)
+    t_first = gl.minimum(gl.maximum(first_unit - units, 0), packed_tiles) * BT
+    t_last = gl.minimum(gl.maximum(last_unit - units, 0) * BT, T)
     n_tiles = gl.maximum(t_last - t_first + BT - 1, 0) // BT
 
     for i in range(edge_first, edge_last):
@@ -184,18 +211,20 @@ def decode_kernel(
             first = i * 32
             stop = n_sink
         else:
-            if i < tiles_sink + tiles_one:
-                first = n_sink + T + (i - tiles_sink) * 32
-                stop = n_sink + n_one
-            else:
-                first = n_sink + n_one + (i - tiles_sink - tiles_one) * 32
+            if i < tiles_new:
+                first = n_sink + n_one + (i - tiles_sink) * 32
                 stop = n_total
-        load_full_tile(sx, kst, kr, kw, ks, km, first, stop, n_sink, n_key, kst_t, kr_t, stride_kw, BK, WK, True, D, G)
-        s = mma_v2(sx.load(A), qe, gl.zeros([32, N], gl.float32, layout=MMA)) * scale
+            else:
+                first = n_sink + T + (i - tiles_new) * 32
+                stop = n_sink + n_one
+        load_full_tile(sx, kst, kr, kw, ks, km, first, stop, n_sink, n_key, BK, WK, True, D, G)
+        qx = qe
+        if ROTATED:
+            if (first >= n_sink) & (stop <= n_sink + n_key):  # packed keys
+                qx = gl.load(qr_ptr + oe, mask=(n_e < n_ok)[None, :], other=0.0)
+        s = mma_v2(sx.load(A), qx, gl.zeros([32, N], gl.float32, layout=MMA)) * scale
         gl_barrier()
-        load_full_tile(
-            sx, vst, vr, vw, vs, vm, first, stop, n_sink, n_value, vst_t, vr_t, stride_vw, BV, WV, False, D, G
-        )
+        load_full_tile(sx, vst, vr, vw, vs, vm, first, stop, n_sink, n_value, BV, WV, False, D, G)
         t = first + gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
         s = finish_scores(
             s, t, stop, 0, mask_ptr + i_h * NN * mask_h, row, mask_h, mask_q, mask_t, cap, MASK, SOFTCAP, ROWS, Q, MMA
@@ -211,7 +240,7 @@ def decode_kernel(
     # stays within float16; the scores are multiplied back, and with the scale, in float32.
     n = gl.arange(0, N, layout=gl.SliceLayout(0, B))
     w = gl.arange(0, WK, layout=gl.SliceLayout(1, B))
-    qp = q_ptr + (i_bh.to(gl.int64) * ROWS + row + n[None, :]) * D + w[:, None]
+    qp = qr_ptr + (i_bh * ROWS + row + n[None, :]) * D + w[:, None]
     q = ()
     for f in gl.static_range(FK):
         q = q + (gl.load(qp + f * WK, mask=(n < n_ok)[None, :], other=0.0).to(gl.float32),)
@@ -255,8 +284,6 @@ def decode_kernel(
             svm.index(st).slice(0, NC, dim=1),
             t_first + st * BT,
             t_last,
-            stride_kw,
-            stride_vw,
             BT,
             D,
             G,
@@ -293,8 +320,6 @@ def decode_kernel(
             svm.index(nx).slice(0, NC, dim=1),
             t_first + j * BT,
             t_last,
-            stride_kw,
-            stride_vw,
             BT,
             D,
             G,
@@ -376,60 +401,87 @@ def decode_kernel(
         )
 
 
-def launch(
-    tensors: tuple[Tensor, ...],
-    sizes: tuple[float, ...],
-    strides: tuple[int, ...],
-    flags: dict[str, int],
-    B: int,
-    H: int,
+def launch(call: Call, pair: Pair, partials: Tensor, n_splits: int, n_exact: int) -> None:
+    """Write the partial outputs of the heads of ``pair``: ``partials`` holds o and behind it lse, see the kernel."""
+    query, rows, mask = call.query, call.rows, call.mask
+    batch, _, query_length, head_dim = query.shape
+    heads = call.kv_heads if pair.heads is None else pair.heads.shape[1]
+    launcher = _launcher(
+        heads,
+        call.kv_heads,
+        rows,
+        query_length,
+        head_dim,
+        pair.keys.group_size,
+        (pair.keys.nbits, pair.values.nbits),
+        call.mask_kind,
+        call.softcap > 0,
+        call.lengths is not None,
+        pair.heads is not None,
+        call.rotated,
+    )
+    # a program: a share of the tokens of one key head, up to 16 rows of queries
+    launcher(
+        (n_splits, batch * heads, -(-rows // launcher.constants["N"])),
+        (
+            query,
+            call.query_rotated,
+            *call.buffers(pair),
+            query if mask is None else mask,
+            query if call.lengths is None else call.lengths,
+            query if pair.heads is None else pair.heads,
+            partials,
+            partials[batch * call.kv_heads * n_splits * rows * head_dim :],
+        ),
+        (
+            call.n_sink,
+            call.n_key,
+            call.n_value,
+            call.n_total,
+            n_exact,
+            call.scale,
+            call.softcap,
+            *call.strides(pair),
+            *call.mask_strides,
+        ),
+        (query.device.index, query.dtype, None if mask is None else mask.dtype),
+    )
+
+
+@functools.lru_cache
+def _launcher(
+    heads: int,
+    kv_heads: int,
     rows: int,
-    Q: int,
-    D: int,
+    query_length: int,
+    head_dim: int,
     group_size: int,
     nbits: tuple[int, int],
-    n_splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Partial outputs float32 [B * H, splits, rows, D] and their log-sum-exp (base 2)."""
-    query, k_words, v_words, k_scale, _, v_scale, _ = tensors[:7]
-    n_key, n_value, n_total = sizes[1:4]
-    N = max(8, triton.next_power_of_2(min(rows, tuning.MAX_ROWS)))
-    row_blocks = triton.cdiv(rows, N)
-    both = min(n_key, n_value)
-    tiles = triton.cdiv(both, tuning.BLOCK_T) + 2 * (triton.cdiv(n_total - both, 32) + 1)
-    if n_splits is None:
-        n_splits = tuning.splits(tiles, B * H * row_blocks, tuning.resident_programs(nbits, D, N, query.device))
-    o = torch.empty(B * H, n_splits, rows, D, dtype=torch.float32, device=query.device)
-    lse = torch.empty(B * H, n_splits, rows, dtype=torch.float32, device=query.device)
-    # a program: a share of the tokens of one key head, up to 16 rows of queries
-    decode_kernel[(n_splits, B * H, row_blocks)](
-        *tensors,
-        o,
-        lse,
-        *sizes,
-        *k_words.stride()[:2],
-        *v_words.stride()[:2],
-        *k_scale.stride()[:2],
-        *v_scale.stride()[:2],
-        k_words.stride(2),
-        v_words.stride(2),
-        *strides,
-        H=H,
-        ROWS=rows,
-        Q=Q,
-        N=N,
-        D=D,
-        G=group_size,
-        BK=nbits[0],
-        BV=nbits[1],
-        WK=D * nbits[0] // 16,
-        WV=D * nbits[1] // 16,
-        BT=tuning.BLOCK_T,
-        STAGES=tuning.STAGES,
-        MASK=flags["MASK"],
-        SOFTCAP=flags["SOFTCAP"],
-        DEVLEN=flags["LENGTHS_ON_DEVICE"],
-        num_warps=1,
-        maxnreg=tuning.max_registers(N, D),
-    )
-    return o, lse
+    mask_kind: int,
+    softcap: bool,
+    lengths_on_device: bool,
+    mixed: bool,
+    rotated: bool,
+) -> Launcher:
+    block = max(8, triton.next_power_of_2(min(rows, tuning.MAX_ROWS)))
+    constants = {
+        "H": heads,
+        "HEADS": kv_heads,
+        "ROWS": rows,
+        "Q": query_length,
+        "N": block,
+        "D": head_dim,
+        "G": group_size,
+        "BK": nbits[0],
+        "BV": nbits[1],
+        "WK": head_dim * nbits[0] // 16,
+        "WV": head_dim * nbits[1] // 16,
+        "BT": tuning.BLOCK_T,
+        "STAGES": tuning.STAGES,
+        "MASK": mask_kind,
+        "SOFTCAP": softcap,
+        "DEVLEN": lengths_on_device,
+        "MIXED": mixed,
+        "ROTATED": rotated,
+    }
+    return Launcher(decode_kernel, constants, num_warps=1, maxnreg=tuning.max_registers(block, head_dim))

@@ -158,8 +158,6 @@ def issue_tile(
     svm,  # shared, stage already chosen
     t0,
     T,
-    stride_kw,
-    stride_vw,
     BT: gl.constexpr,
     D: gl.constexpr,
     G: gl.constexpr,
@@ -173,14 +171,14 @@ def issue_tile(
     LS: gl.constexpr = gl.BlockedLayout([1, NC], [32, 1], [1, 1], [1, 0])
     r = t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, LK))
     c = gl.arange(0, WK, layout=gl.SliceLayout(0, LK))
-    async_load(skw, kw + r.to(gl.int64)[:, None] * stride_kw + c[None, :], mask=(r < T)[:, None])
+    async_load(skw, kw + r.to(gl.int64)[:, None] * WK + c[None, :], mask=(r < T)[:, None])
     e = gl.arange(0, BT // G * D, layout=LM)
     me = (t0 // G) * D + e < ((T + G - 1) // G) * D
     async_load(sks, ks + (t0 // G).to(gl.int64) * D + e, mask=me)
     async_load(skm, km + (t0 // G).to(gl.int64) * D + e, mask=me)
     r = t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, LV))
     c = gl.arange(0, WV, layout=gl.SliceLayout(0, LV))
-    async_load(svw, vw + r.to(gl.int64)[:, None] * stride_vw + c[None, :], mask=(r < T)[:, None])
+    async_load(svw, vw + r.to(gl.int64)[:, None] * WV + c[None, :], mask=(r < T)[:, None])
     r = t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, LS))
     c = gl.arange(0, NC, layout=gl.SliceLayout(0, LS))
     o = r.to(gl.int64)[:, None] * NC + c[None, :]
@@ -321,12 +319,12 @@ def finish_scores(
 
 
 @gluon.jit
-def _edge_dense(dst, ptr, first, stop, stride, D: gl.constexpr):
+def _edge_dense(dst, ptr, first, stop, D: gl.constexpr):
     """Full-precision tokens first ... (below stop, else 0) to shared memory, asynchronously: [32, D]."""
     L: gl.constexpr = _copy_layout(D, 8)
     t = first + gl.arange(0, 32, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
-    async_load(dst, ptr + t.to(gl.int64)[:, None] * stride + c[None, :], mask=(t < stop)[:, None])
+    async_load(dst, ptr + t.to(gl.int64)[:, None] * D + c[None, :], mask=(t < stop)[:, None])
     async_copy.commit_group()
 
 
@@ -338,7 +336,6 @@ def _edge_packed(
     m_ptr,
     first,
     stop,
-    stride,
     BITS: gl.constexpr,
     W: gl.constexpr,
     CHANNEL: gl.constexpr,
@@ -353,7 +350,7 @@ def _edge_packed(
     for r in range(16):
         t = (first + 2 * r + gl.arange(0, 2, layout=gl.SliceLayout(1, L))).to(gl.int64)[:, None]
         ok = (t < stop) & (c < D)
-        word = gl.load(w_ptr + t * stride + c % W, mask=ok, other=0).to(gl.int32)
+        word = gl.load(w_ptr + t * W + c % W, mask=ok, other=0).to(gl.int32)
         code = (word >> (c // W * BITS)) & ((1 << BITS) - 1)
         if CHANNEL:
             o = (t // G) * D + c
@@ -376,9 +373,6 @@ def load_full_tile(
     stop,
     n_sink,
     n_packed,
-    sink_t,
-    res_t,
-    stride_w,
     BITS: gl.constexpr,
     W: gl.constexpr,
     CHANNEL: gl.constexpr,
@@ -387,12 +381,12 @@ def load_full_tile(
 ):
     """Positions first ... stop, all of one kind. Packed tokens and the residual count from their own first token."""
     if first < n_sink:
-        _edge_dense(dst, sink, first, stop, sink_t, D)
+        _edge_dense(dst, sink, first, stop, D)
     else:
         if first < n_sink + n_packed:
-            _edge_packed(dst, w_ptr, s_ptr, m_ptr, first - n_sink, stop - n_sink, stride_w, BITS, W, CHANNEL, D, G)
+            _edge_packed(dst, w_ptr, s_ptr, m_ptr, first - n_sink, stop - n_sink, BITS, W, CHANNEL, D, G)
         else:
-            _edge_dense(dst, res, first - n_sink - n_packed, stop - n_sink - n_packed, res_t, D)
+            _edge_dense(dst, res, first - n_sink - n_packed, stop - n_sink - n_packed, D)
     async_copy.wait_group(0)
     gl_barrier()
 

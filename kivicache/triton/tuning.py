@@ -33,6 +33,7 @@ def max_registers(rows: int, head_dim: int) -> int | None:
     return REGISTERS if rows <= 8 and head_dim <= 128 else None
 
 
+@functools.lru_cache
 def resident_programs(nbits: tuple[int, int], head_dim: int, rows: int, device: torch.device) -> int:
     """How many programs of decode_nvidia run at once on the device: by registers and by shared memory."""
     properties = _device(device.index if device.index is not None else torch.cuda.current_device())
@@ -45,6 +46,7 @@ def resident_programs(nbits: tuple[int, int], head_dim: int, rows: int, device: 
     return int(properties.multi_processor_count * min(by_shared, by_registers))
 
 
+@functools.lru_cache(maxsize=4096)
 def splits(tiles: int, heads: int, slots: int) -> int:
     """Programs per key head, so that all programs run at once and end together.
 
@@ -63,11 +65,29 @@ def splits(tiles: int, heads: int, slots: int) -> int:
     return best[1] if best else 1
 
 
-def portable_splits(tokens: int, programs: int, device: torch.device) -> int:
+def fast_splits(
+    nbits: tuple[int, int], head_dim: int, packed: int, full: int, heads: int, rows: int, device: torch.device
+) -> int:
+    """Programs per key head for decode_nvidia, given its tokens, packed and in full precision."""
+    block = max(8, 1 << (min(rows, MAX_ROWS) - 1).bit_length())
+    tiles = -(-packed // BLOCK_T) + 2 * (-(-full // 32) + 1)
+    return splits(tiles, heads * -(-rows // block), resident_programs(nbits, head_dim, block, device))
+
+
+def portable_splits(tokens: int, heads: int, rows: int, device: torch.device) -> int:
     """Programs per key head for the portable kernel: as many as run at once, at least 64 tokens each."""
     count = _device(device.index or 0).multi_processor_count if device.type == "cuda" else 2
     slots = count * (8 if portable_warps(device) == 1 else 4)
-    return max(1, min(-(-tokens // 64), slots // max(programs, 1)))
+    return max(1, min(-(-tokens // 64), slots // (heads * -(-rows // 64))))
+
+
+def portable_block(group_sizes: tuple[int, int], axes: tuple[str, str]) -> int:
+    """Tokens of a tile of the portable kernel: one group of the channel axis, so that a tile needs one row of scales.
+
+    16 tokens are what a dot needs, and more than 32 cost more registers than they save instructions.
+    """
+    along_tokens = [size for size, axis in zip(group_sizes, axes, strict=True) if axis == "channel"]
+    return 16 if any(size % 32 for size in along_tokens) else 32
 
 
 def portable_warps(device: torch.device) -> int:

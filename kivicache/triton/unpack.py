@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kivicache.triton.tile import load_packed
+from kivicache.triton.tile import dequantize_field, load_table, load_words
 
 
 @triton.jit
@@ -20,7 +20,6 @@ def unpack_kernel(
     H,
     stride_wb,
     stride_wh,
-    stride_wt,
     stride_sb,
     stride_sh,
     NBITS: tl.constexpr,
@@ -37,23 +36,12 @@ def unpack_kernel(
     w = tl.arange(0, BLOCK_W)
     word_ptr += i_b * stride_wb + i_h * stride_wh
     o_head = i_b * stride_sb + i_h * stride_sh
+    words = load_words(word_ptr, t, T, w, W)
+    t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
     for f in tl.static_range(16 // NBITS):
-        x = load_packed(
-            word_ptr,
-            scale_ptr + o_head,
-            min_ptr + o_head,
-            t,
-            T,
-            stride_wt,
-            w,
-            f,
-            NBITS,
-            W,
-            D,
-            G,
-            AXIS_CHANNEL,
-            G % BLOCK_T == 0,
-        )
+        scale = load_table(scale_ptr + o_head, t0, t, T, w, f, W, D, G, AXIS_CHANNEL, BLOCK_T)
+        minimum = load_table(min_ptr + o_head, t0, t, T, w, f, W, D, G, AXIS_CHANNEL, BLOCK_T)
+        x = dequantize_field(words, scale, minimum, f, NBITS, False)
         c = (f * W + w)[None, :]
         ok = (t < T)[:, None] & (w < W)[None, :] & (c < D)
         tl.store(out_ptr + (i_bh * T + t[:, None]) * D + c, x.to(out_ptr.dtype.element_ty), mask=ok)
@@ -94,7 +82,6 @@ def unpack_dequantize(
         H,
         words.stride(0),
         words.stride(1),
-        words.stride(2),
         scale.stride(0),
         scale.stride(1),
         NBITS=nbits,

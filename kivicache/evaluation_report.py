@@ -1,0 +1,223 @@
+"""What an evaluation found, as a terminal table, as CSV, and as plots."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from kivicache import __version__
+from kivicache.evaluation import Result
+from kivicache.models import MissingPackage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+# metric -> (heading, how it is written)
+COLUMNS = {
+    "bits_per_value": ("bits", "{:.2f}"),
+    "bits_per_packed_value": ("packed", "{:.2f}"),
+    "perplexity": ("ppl", "{:.2f}"),
+    "kl_mean": ("KL", "{:.4f}"),
+    "kl_median": ("median", "{:.4f}"),
+    "kl_p99": ("p99", "{:.3f}"),
+    "top1_agreement": ("same top", "{:.1%}"),
+    "alike_before": ("alike before", "{:.1f}"),
+    "equal_tokens": ("equal tokens", "{:.1%}"),
+}
+NOTE = (
+    "bits: per cached value, exact tokens, scales and minima included; packed: per quantized value. KL to full "
+    "precision in nats per token: its mean, median and 99th percentile."
+)
+# what the plot of quality against bits shows: metric -> (axis label, logarithmic)
+QUALITY = {
+    "kl_mean": ("KL to full precision, nats per token", True),
+    "equal_tokens": ("tokens equal to full precision's", False),
+}
+BITS = {
+    "bits_per_packed_value": "of the quantized values: what long contexts come to",
+    "bits_per_value": "of all cached values at the length measured, exact tokens in 16 bits",
+}
+COLORS = {"kivi": "#0b6e4f", "quanto": "#c1666b", "hqq": "#d4a03a", "fp8": "#6c757d", "dynamic": "#222222"}
+KINDS = {
+    "kivi": "KIVICache",
+    "quanto": "QuantizedCache, quanto",
+    "hqq": "QuantizedCache, hqq",
+    "fp8": "QuantizedCache, fp8",
+    "dynamic": "DynamicCache",
+}
+
+
+def by_task(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results that there are, task by task."""
+    tasks: dict[str, list[Result]] = {}
+    for result in results:
+        if result.records:
+            tasks.setdefault(result.task.label, []).append(result)
+    return tasks
+
+
+def render(results: Sequence[Result], console: Console) -> None:
+    """Print a table per task, a row per cache."""
+    from rich import box
+    from rich.table import Table
+
+    for own in by_task(results).values():
+        names = list(own[0].metrics)
+        table = Table(
+            title=_named(own[0]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        table.add_column("cache", overflow="fold")
+        for name in names:
+            table.add_column(_heading(name), justify="right", no_wrap=True)
+        for result in own:
+            table.add_row(result.cache.name, *(_written(name, result.metrics[name]) for name in names))
+        console.print(table)
+    console.print(NOTE, style="dim")
+
+
+def report(results: Sequence[Result], folder: str | Path, model: str) -> list[Path]:
+    """Write ``TASK.csv`` and ``TASK.png`` into ``folder``, and return the files.
+
+    Args:
+        model: its name, for the first line of the tables.
+    """
+    if find_spec("matplotlib") is None:
+        raise MissingPackage("matplotlib", 'pip install "kivicache[eval]"')
+    folder, files = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, own in by_task(results).items():
+        files.append(write_csv(own, folder / f"{label}.csv", model))
+        if own[0].records[0].place:
+            files.append(plot_grid(own, folder / f"{label}.png"))
+        else:
+            files.append(plot_quality(own, folder / f"{label}.png"))
+    return files
+
+
+def write_csv(results: Sequence[Result], path: Path, model: str) -> Path:
+    """One task's table; the first line says what it was measured with."""
+    rows = [
+        {"cache": result.cache.name}
+        | {name: f"{value:.6g}" for name, value in result.metrics.items()}
+        | {"items": len(result.records), "seconds": f"{sum(record.seconds for record in result.records):.0f}"}
+        for result in results
+    ]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(
+            f"# {model}, {_named(results[0])}; {platform.system()} {platform.machine()}, "
+            f"kivicache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"Python {platform.python_version()}\n"
+        )
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def plot_quality(results: Sequence[Result], path: Path) -> Path:
+    """Quality against true bits, a point for each setting: of the quantized values, and of all that was cached."""
+    metric = next((name for name in results[0].metrics if name in QUALITY), list(results[0].metrics)[-1])
+    label, logarithmic = QUALITY.get(metric, (_heading(metric), False))
+    shown = [r for r in results if not logarithmic or r.metrics[metric] > 1e-9]
+    figure, panels = pyplot().subplots(1, 2, figsize=(14, 7), sharey=True, layout="constrained")
+    for axes, (bits, title) in zip(panels, BITS.items(), strict=True):
+        for kind in dict.fromkeys(result.cache.kind for result in shown):
+            own = [result.metrics for result in shown if result.cache.kind == kind]
+            x, y = [metrics[bits] for metrics in own], [metrics[metric] for metrics in own]
+            axes.scatter(x, y, color=COLORS.get(kind), label=KINDS.get(kind, kind), s=22)
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"true bits per value, scales and minima included\n{title}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(label)
+    panels[1].legend(frameon=False)
+    figure.canvas.draw()
+    for axes, bits in zip(panels, BITS, strict=True):
+        _name_points(axes, [(r.metrics[bits], r.metrics[metric], r.cache.name) for r in shown])
+    figure.savefig(path, dpi=130)
+    pyplot().close(figure)
+    return path
+
+
+def plot_grid(results: Sequence[Result], path: Path) -> Path:
+    """A heat map per cache of the first metric of each place: depth over length."""
+    columns = min(len(results), 4)
+    rows = -(-len(results) // columns)
+    size = (2.6 * columns + 1, 2.4 * rows + 0.4)
+    figure, grid = pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(results) :]:
+        axes.set_visible(False)
+    for axes, result in zip(grid.flat, results, strict=False):
+        image = _heat_map(axes, result)
+    figure.supxlabel("tokens")
+    figure.supylabel("depth")
+    figure.colorbar(image, ax=grid, label="found", shrink=0.7)
+    figure.savefig(path, dpi=150)
+    pyplot().close(figure)
+    return path
+
+
+def _heat_map(axes: Axes, result: Result) -> Any:
+    lengths = sorted({record.place["length"] for record in result.records})
+    depths = sorted({record.place["depth"] for record in result.records})
+    cells = torch.full((len(depths), len(lengths)), torch.nan)
+    for i, depth in enumerate(depths):
+        for j, length in enumerate(lengths):
+            own = [r for r in result.records if (r.place["length"], r.place["depth"]) == (length, depth)]
+            if own:
+                cells[i, j] = sum(float(next(iter(record.scores.values()))) for record in own) / len(own)
+                axes.text(j, i, f"{cells[i, j].item():.0%}", ha="center", va="center", fontsize=8)
+    image = axes.imshow(cells.tolist(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axes.set_title(f"{result.cache.name}\n{result.metrics['bits_per_value']:.1f} bits", fontsize=9)
+    return image
+
+
+def _name_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Write each name beside its point, where it covers no other; where there is no room, leave it out."""
+    dots = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken: list[Any] = []
+    for x, y, name in sorted(points, key=lambda point: (point[1], point[0])):
+        for offset, align in (((5, -3), "left"), ((-5, -3), "right"), ((0, 5), "center"), ((0, -10), "center")):
+            text = axes.annotate(name, (x, y), offset, textcoords="offset points", ha=align, fontsize=6.5)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*dot) for dot in dots):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _named(result: Result) -> str:
+    """The task with its fields, a file in them by its name alone."""
+    given = vars(result.task).items()
+    parts = (f"{name}={Path(value).name if name == 'data' and value else value}" for name, value in given)
+    return f"{result.task.label}({', '.join(parts)})"
+
+
+def _heading(name: str) -> str:
+    return COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ")
+
+
+def _written(name: str, value: float) -> str:
+    return (COLUMNS[name][1] if name in COLUMNS else "{:.1%}").format(value)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

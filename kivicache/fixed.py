@@ -1,0 +1,316 @@
+"""[`FixedKIVILayer`]: a layer of fixed capacity, whose decode step ``generate`` compiles and captures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from kivicache.attention import layer_reasons
+from kivicache.buffer import TokenBuffer
+from kivicache.config import LayerConfig
+from kivicache.fixed_attention import FixedPackedStates, append_step
+from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates
+from kivicache.layer import KIVILayer, check_pair
+from kivicache.memory import MemoryReport
+from kivicache.policy import packed_lengths
+from kivicache.states import KIVIStates
+
+logger = logging.getLogger(__name__)
+
+
+class FixedKIVILayer(KIVILayer):
+    """A [`KIVILayer`] with room for ``max_cache_len`` tokens, allocated once.
+
+    A step of up to ``MAX_STEP_LENGTH`` tokens runs on the device alone, compiled or not. Everything else, a prompt, a
+    ``crop``, reading the content, is done by the growing cache's own [`KIVIStates`] on the same memory: it asks the
+    device for the lengths, and works outside of a compiled graph.
+
+    Attention sees ``max_cache_len`` tokens, those not there yet hidden by the mask, as with ``StaticLayer``; a prompt
+    on an empty cache sees itself.
+    """
+
+    is_compileable = True
+
+    def __init__(self, config: LayerConfig, max_cache_len: int, model_config: PreTrainedConfig | None = None):
+        self.max_cache_len = _checked_capacity(config, max_cache_len)
+        self._model_config = model_config
+        self._stores: tuple[FixedStates, FixedStates] | None = None
+        super().__init__(config)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._is_empty = True
+        self._most = 0  # at least as many tokens as are cached
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As [`KIVILayer.update`], of the shape that [`get_mask_sizes`] promised.
+
+        Raises:
+            ValueError: where the tokens do not fit, in shape or in number; the cache is left as it was.
+        """
+        if not self._steps(key_states, value_states):
+            return self._update_outside(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            self._expect(key_states.shape[2])
+        first, self._is_empty = self._is_empty, False
+        assert self._stores is not None
+        keys, values = self._stores
+        append_step(keys, values, self._lengths, key_states.detach(), value_states.detach(), self._kernels)
+        if first:
+            return key_states, value_states
+        if self._dense_reasons:
+            return keys.dense(self._lengths), values.dense(self._lengths)
+        return FixedPackedStates.of(keys, self._lengths), FixedPackedStates.of(values, self._lengths)
+
+    def _steps(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether these tokens are a step on buffers that are there."""
+        if not self.is_initialized or not 0 < key_states.shape[2] <= MAX_STEP_LENGTH:
+            return False
+        check_pair(key_states, value_states)
+        return self._fits(key_states, value_states)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="a prompt on KIVICache(max_cache_len=...) is cached outside of the compiled graph"
+    )
+    def _update_outside(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        check_pair(key_states, value_states)
+        new = key_states.shape[2]
+        self._check_room(0 if self._is_empty else new, new)
+        if not self.is_initialized or (self._is_empty and not self._fits(key_states, value_states)):
+            self.lazy_initialization(key_states, value_states)
+        with self._on_host() as (keys, values):
+            self._check_room(len(keys) + new, new)
+            self._checked(key_states, value_states)
+            seen = key_states, value_states
+            if len(keys):
+                seen = self._padded(keys.read(tail=key_states)), self._padded(values.read(tail=value_states))
+            lengths = packed_lengths(self.config, len(keys) + new)
+            keys.append(key_states, lengths[0])
+            values.append(value_states, lengths[1])
+        return seen
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything, for the batch, heads, widths, dtype and device of the first states."""
+        stores = []
+        for length, like in ((KEYS, key_states), (VALUES, value_states)):
+            nbits = (self.config.nbits_key, self.config.nbits_value)[length - KEYS]
+            stores.append(FixedStates(like, nbits, length, self.config, self.max_cache_len))
+        self._stores = stores[0], stores[1]
+        with torch.inference_mode(False):
+            self._lengths = torch.zeros(6, dtype=torch.int32, device=key_states.device)
+        torch._dynamo.mark_static_address(self._lengths, guard=False)
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
+        self._dense_reasons = layer_reasons(*(self._host_states(store, 0, 0, 0) for store in self._stores))
+        # the step in torch operations otherwise; the attention is fused all the same
+        keys, values = (store.format for store in self._stores)
+        self._kernels = (
+            not self._dense_reasons
+            and keys.head_dim == values.head_dim
+            and all(form.nbits < 16 and form.rotation is None for form in (keys, values))
+        )
+        self._forget()
+        self.is_initialized = True
+        if not self._dense_reasons and self._model_config is not None:
+            _hint_attention(str(self._model_config._attn_implementation))
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys as one dense tensor, dequantized at each reading; None before the first update. Read-only."""
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self._refuse_assignment("keys", states)
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values as one dense tensor; None before the first update. Read-only."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self._refuse_assignment("values", states)
+
+    def get_seq_length(self) -> Any:
+        """How many tokens are cached: 0, or a tensor on the device, as of ``StaticLayer``, so that nobody waits."""
+        return 0 if self._is_empty else self._lengths[TOTAL].long()
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens the next ``query_length`` ones will see, and from which on.
+
+        ``generate`` asks before each step, also before a compiled one. So this is where it is refused in time.
+
+        Raises:
+            ValueError: where ``query_length`` more tokens do not fit.
+        """
+        if self._is_empty:
+            self._check_room(query_length, query_length)
+            return query_length, 0
+        if not torch.compiler.is_compiling():
+            self._expect(query_length)
+        return self.max_cache_len, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        with self._on_host():
+            super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay where they are, for the next call."""
+        if self.is_initialized:
+            self._lengths.zero_()
+        self._forget()
+
+    def offload(self) -> None:
+        raise ValueError("offload: allowed for a growing cache only; KIVICache(max_cache_len=...) stays on its device")
+
+    def memory(self) -> MemoryReport:
+        """The bytes held, see [`MemoryReport`]; room for more tokens is slack."""
+        if self._stores is None:
+            return MemoryReport()
+        with self._on_host():
+            report = super().memory()
+        used = report.total - report.slack
+        return MemoryReport(**{**vars(report), "slack": self.allocated_nbytes - used})
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """All bytes allocated; nothing changes them once the layer is initialized."""
+        if self._stores is None:
+            return 0
+        return sum(tensor.nbytes for store in self._stores for tensor in store.tensors) + self._lengths.nbytes
+
+    def dense_reasons(self) -> list[str]:
+        return ["nothing is cached yet"] if self._dense_reasons is None else self._dense_reasons
+
+    def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        for store in self._stores or ():
+            store.map_batch(select)
+        if self._stores is not None:
+            self.batch_size = self._stores[0].residual.shape[0]
+
+    def _read(self, side: int) -> Tensor | None:
+        if self._is_empty:
+            return None
+        with self._on_host() as states:
+            return states[side].read()
+
+    def _refuse_assignment(self, name: str, states: Tensor | None) -> None:
+        if states is not None:
+            raise ValueError(
+                f"{name}: a KIVICache(max_cache_len=...) cannot be assigned; allowed: update, crop, reset"
+            )
+
+    @contextmanager
+    def _on_host(self) -> Iterator[tuple[KIVIStates, KIVIStates]]:
+        """The content as [`KIVIStates`] on the same memory, with what is due packed; what becomes of them is kept.
+
+        The residual is a copy until then, and the rest is only ever added to behind what is there: so an error in
+        between leaves the layer as it was.
+        """
+        assert self._stores is not None
+        lengths = [0] * 6 if self._is_empty else self._lengths.tolist()
+        if lengths[REFUSED]:
+            raise ValueError(
+                f"max_cache_len: got {self.max_cache_len}, and {lengths[REFUSED]} compiled steps on a full cache, "
+                "whose tokens are not cached; allowed: as many tokens as fit"
+            )
+        states = [
+            self._host_states(store, lengths[SINKS], lengths[store.format.length], lengths[TOTAL])
+            for store in self._stores
+        ]
+        due = packed_lengths(self.config, lengths[TOTAL])
+        states = [side.packing(packed_length) for side, packed_length in zip(states, due, strict=True)]
+        self._keys, self._values = states
+        try:
+            yield states[0], states[1]
+        finally:
+            self._keys = self._values = None
+        self._keep(states[0], states[1])
+
+    def _keep(self, keys: KIVIStates, values: KIVIStates) -> None:
+        assert self._stores is not None
+        for store, states in zip(self._stores, (keys, values), strict=True):
+            newest = states.residual.read()
+            store.residual[:, :, : newest.shape[2]] = newest
+        total = len(keys)
+        lengths = [len(keys.sinks), keys.packed_length, values.packed_length, total, 0, 0]
+        self._lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self._is_empty, self._most = total == 0, total
+
+    def _host_states(self, store: FixedStates, sinks: int, packed: int, total: int) -> KIVIStates:
+        form = store.format
+        states = KIVIStates(store.residual[:, :, :0], [form.nbits] * store.residual.shape[1], form.axis, self.config)
+        states.sinks = TokenBuffer.of(store.sinks, sinks)
+        states.residual.append(store.residual[:, :, : total - sinks - packed])
+        ((_, tokens),) = states.packed
+        groups = packed // form.tokens_per_group
+        if isinstance(tokens, TokenBuffer):
+            states.packed = [(slice(None), TokenBuffer.of(store.codes, packed))]
+        else:
+            tokens.codes = TokenBuffer.of(store.codes, packed)
+            tokens.scale, tokens.minimum = TokenBuffer.of(store.scale, groups), TokenBuffer.of(store.minimum, groups)
+        return states
+
+    def _fits(self, key_states: Tensor, value_states: Tensor) -> bool:
+        assert self._stores is not None
+        return all(
+            (states.shape[0], states.shape[1], states.shape[3]) == (*store.residual.shape[:2], store.residual.shape[3])
+            and states.dtype == store.residual.dtype
+            for store, states in zip(self._stores, (key_states, value_states), strict=True)
+        )
+
+    def _padded(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.pad(states, (0, 0, 0, self.max_cache_len - states.shape[2]))
+
+    def _expect(self, new: int) -> None:
+        """Refuse ``new`` more tokens where they do not fit.
+
+        The host does not see what a compiled step does. It counts what it was asked for, perhaps more than once a
+        token, and asks the device only where that would be too much.
+        """
+        self._most += new
+        if self._most > self.max_cache_len:
+            cached = int(self._lengths[TOTAL])
+            self._most = cached
+            self._check_room(cached + new, new)
+            self._most = cached + new
+
+    def _check_room(self, total: int, new: int) -> None:
+        if total > self.max_cache_len:
+            raise ValueError(
+                f"max_cache_len: got {self.max_cache_len}, and {new} new tokens after {total - new} cached ones; "
+                "allowed: at least the tokens of the prompt and all new ones"
+            )
+
+
+def _checked_capacity(config: LayerConfig, max_cache_len: Any) -> int:
+    if type(max_cache_len) is not int or max_cache_len < 1:
+        raise ValueError(f"max_cache_len: got {max_cache_len!r}; allowed: a positive whole number of tokens")
+    for name, given, allowed in (("policy", config.policy, "window"), ("backend", config.backend, "native")):
+        if given != allowed:
+            raise ValueError(f'{name}: got "{given}"; allowed with max_cache_len: "{allowed}"')
+    if any(bits != (config.nbits_key, config.nbits_value) for bits in config.heads.values()):
+        raise ValueError(f"heads: got {dict(config.heads)}; allowed with max_cache_len: the same bits for all heads")
+    return max_cache_len
+
+
+@cache
+def _hint_attention(name: str) -> None:
+    if name != "kivi":
+        logger.warning(
+            'A compiled decode step reads packed bytes with the attention "kivi" only; with %r each layer is '
+            'dequantized first. For speed: model.set_attn_implementation("kivi")',
+            name,
+        )

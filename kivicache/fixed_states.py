@@ -1,0 +1,212 @@
+"""[`FixedStates`]: the keys, or the values, of one layer in buffers that never move, for a compiled decode step.
+
+Every tensor is allocated once, for ``max_cache_len`` tokens. How many tokens are where stands in one small tensor on
+the device, ``lengths``, so a captured CUDA graph goes on working as they grow: no shape, no Python number and no
+branch depends on them. What lies behind the lengths is never read as content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from kivicache.config import LayerConfig
+from kivicache.packing import pack, unpack, words_per_token
+from kivicache.policy import packed_lengths
+from kivicache.quantization import METADATA_DTYPE, dequantize, quantize
+from kivicache.rotation import hadamard, rotation_block
+
+# New tokens of one compiled step: a token, or a draft to be verified. More are cached outside of the graph.
+MAX_STEP_LENGTH = 16
+# int32 entries of `lengths`: sinks, packed keys, packed values, all tokens; steps that found no room; work for kernels
+SINKS, KEYS, VALUES, TOTAL, REFUSED, TICKET = range(6)
+ROW_ALIGNMENT = 16  # so that the rows of every head start where kernels can load 16 elements at once
+
+
+@dataclass(frozen=True)
+class FixedFormat:
+    """What the tensors of [`FixedStates`] mean.
+
+    Attributes:
+        nbits: 2, 4, 8, or 16, where "codes" are the states themselves.
+        group_size, axis, rotation: as in [`KIVIConfig`], the group size in values.
+        head_dim: of a token.
+        length: the entry of ``lengths`` that counts the packed tokens, ``KEYS`` or ``VALUES``.
+        sink_length, residual_length, block_length: of the "window" policy.
+        max_cache_len: tokens that the cache holds.
+    """
+
+    nbits: int
+    group_size: int
+    axis: str
+    rotation: str | None
+    head_dim: int
+    length: int
+    sink_length: int
+    residual_length: int
+    block_length: int
+    max_cache_len: int
+
+    @property
+    def tokens_per_group(self) -> int:
+        return self.group_size if self.axis == "channel" and self.nbits < 16 else 1
+
+    @property
+    def flush_length(self) -> int:
+        """The most tokens that can be due at once: those of a full block, and of a step on top."""
+        return (self.block_length - 1 + MAX_STEP_LENGTH) // self.block_length * self.block_length
+
+    @property
+    def residual_capacity(self) -> int:
+        """The most exact tokens that can be behind the packed ones."""
+        return self.residual_length + self.block_length - 1 + MAX_STEP_LENGTH
+
+
+class FixedStates:
+    """Keys or values of one layer: sinks | packed tokens | residual, as in [`KIVIStates`], in fixed buffers.
+
+    Attributes:
+        sinks, residual: ``[batch, kv_heads, tokens, head_dim]``, exact. Both end with rows that nobody reads, where
+            the tokens go that belong to the other.
+        codes: int16 words ``[batch, kv_heads, tokens, words]``; ``scale`` and ``minimum``: float16, one per group.
+    """
+
+    def __init__(self, like: Tensor, nbits: int, length: int, config: LayerConfig, max_cache_len: int):
+        """Empty states with the batch, heads, head_dim, dtype and device of ``like``."""
+        batch, kv_heads, _, head_dim = like.shape
+        axis = (config.axis_key, config.axis_value)[length - KEYS]
+        self.format = form = FixedFormat(
+            nbits,
+            head_dim if config.group_size == -1 else config.group_size,
+            axis,
+            config.rotation,
+            head_dim,
+            length,
+            config.sink_length,
+            config.residual_length,
+            config.block_length,
+            max_cache_len,
+        )
+        if config.rotation is not None:
+            rotation_block(head_dim)  # refuses a head_dim that cannot turn
+        packed = packed_lengths(config, max_cache_len)[0] + form.flush_length
+        groups = packed // form.tokens_per_group if nbits < 16 else 0
+        groups_width = head_dim if axis == "channel" else -(-head_dim // form.group_size)
+
+        def zeros(tokens: int, width: int, dtype: torch.dtype = like.dtype) -> Tensor:
+            # an ordinary tensor also under inference mode: a cache filled there must stay writable outside
+            with torch.inference_mode(False), torch.no_grad():
+                tensor = torch.zeros(batch, kv_heads, tokens, width, dtype=dtype, device=like.device)
+            torch._dynamo.mark_static_address(tensor, guard=False)  # fresh buffers are no reason to compile again
+            return tensor
+
+        self.sinks = zeros(config.sink_length + MAX_STEP_LENGTH, head_dim)
+        rows = form.residual_capacity + MAX_STEP_LENGTH
+        self.residual = zeros(-(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, head_dim)
+        words, dtype = (words_per_token(head_dim, nbits), torch.int16) if nbits < 16 else (head_dim, like.dtype)
+        self.codes = zeros(packed, words, dtype)
+        self.scale = zeros(groups, groups_width, METADATA_DTYPE)
+        self.minimum = zeros(groups, groups_width, METADATA_DTYPE)
+
+        self.signature = astuple(form)
+
+    @classmethod
+    def view(cls, tensors: Sequence[Tensor], form: FixedFormat) -> FixedStates:
+        """States in tensors that are there."""
+        states = cls.__new__(cls)
+        states.format, states.signature = form, astuple(form)
+        states.sinks, states.codes, states.scale, states.minimum, states.residual = tensors
+        return states
+
+    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor's content by ``select`` of it; the tensor too, where the batch changes."""
+        for name in ("sinks", "codes", "scale", "minimum", "residual"):
+            tensor = getattr(self, name)
+            with torch.inference_mode(False), torch.no_grad():
+                selected = select(tensor)
+                if selected.shape == tensor.shape:
+                    tensor.copy_(selected)
+                else:
+                    torch._dynamo.mark_static_address(selected, guard=False)
+                    setattr(self, name, selected)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.sinks, self.codes, self.scale, self.minimum, self.residual
+
+    def flush(self, lengths: Tensor, due: Tensor) -> None:
+        """Pack the ``due`` oldest tokens of the residual.
+
+        Without a branch on what is due: [`FixedFormat.flush_length`] tokens are quantized and written behind the
+        packed ones each time, and count only once the lengths say so.
+        """
+        form, packed = self.format, lengths[self.format.length].long()
+        tokens = torch.arange(form.flush_length, device=lengths.device)
+        states = self.residual[:, :, : form.flush_length]
+        if form.nbits == 16:
+            self.codes.index_copy_(2, packed + tokens, states)
+        else:
+            if form.rotation is not None:
+                states = hadamard(states.float())
+            codes, scale, minimum = quantize(states, form.nbits, form.group_size, form.axis)
+            groups = tokens[: form.flush_length // form.tokens_per_group] + packed // form.tokens_per_group
+            self.codes.index_copy_(2, packed + tokens, pack(codes, form.nbits))
+            self.scale.index_copy_(2, groups, scale)
+            self.minimum.index_copy_(2, groups, minimum)
+        rows = torch.arange(self.residual.shape[2], device=lengths.device) + due
+        self.residual.copy_(self.residual.index_select(2, rows.clamp(max=self.residual.shape[2] - 1)))
+
+    def write(self, states: Tensor, lengths: Tensor, packed: Tensor) -> None:
+        """Store new tokens ``[batch, kv_heads, tokens, head_dim]``, of which the first ones may still be sinks."""
+        new = torch.arange(states.shape[2], device=lengths.device)
+        position = lengths[TOTAL].long() + new
+        sink_length, capacity = self.format.sink_length, self.format.residual_capacity
+        self.sinks.index_copy_(2, torch.where(position < sink_length, position, sink_length + new), states)
+        row = position - sink_length - packed
+        self.residual.index_copy_(2, torch.where(row >= 0, row, capacity + new), states)
+
+    def dense(self, lengths: Tensor) -> Tensor:
+        """``[batch, kv_heads, max_cache_len, head_dim]``: all tokens, and zeros behind them."""
+        form = self.format
+        sinks = self.sinks[:, :, : form.sink_length]
+        packed_end = form.sink_length + lengths[form.length].long()
+        dense = torch.cat([sinks, self._dequantized(), torch.zeros_like(self.residual)], dim=2)
+        rows = torch.arange(self.residual.shape[2], device=lengths.device)
+        dense = dense.index_copy(2, packed_end + rows, self.residual)[:, :, : form.max_cache_len]
+        position = torch.arange(dense.shape[2], device=lengths.device)
+        dense = torch.where((position < lengths[TOTAL])[:, None], dense, 0.0)
+        return torch.nn.functional.pad(dense, (0, 0, 0, form.max_cache_len - dense.shape[2]))
+
+    def _dequantized(self) -> Tensor:
+        form = self.format
+        if form.nbits == 16:
+            return self.codes
+        codes = unpack(self.codes, form.nbits, form.head_dim)
+        states = dequantize(codes, self.scale, self.minimum, form.group_size, form.axis)
+        return (states if form.rotation is None else hadamard(states)).to(self.residual.dtype)
+
+
+def append(keys: FixedStates, values: FixedStates, lengths: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+    """One step: pack what has left the window by the tokens of earlier steps, then store the new tokens.
+
+    So the new tokens attend to what was packed before they came, as in the growing cache. Tokens for which there is
+    no room are not stored, and ``lengths[REFUSED]`` counts the step.
+    """
+    form, total = keys.format, lengths[TOTAL]
+    left_window = (total - form.sink_length - form.residual_length).clamp(min=0)
+    target = left_window - left_window % form.block_length
+    room = total + key_states.shape[2] <= form.max_cache_len
+    packed = []
+    for store, states in ((keys, key_states), (values, value_states)):
+        before = lengths[store.format.length]
+        after = torch.maximum(before, target)
+        store.flush(lengths, after - before)
+        store.write(states, lengths, after)
+        packed.append(after)
+    total = torch.where(room, total + key_states.shape[2], total)
+    refused = lengths[REFUSED] + ~room
+    sinks = total.clamp(max=form.sink_length)
+    lengths.copy_(torch.stack([sinks, *packed, total, refused, lengths[TICKET]]))

@@ -1,0 +1,60 @@
+"""The kernel of a fixed-capacity step against its torch twin, bit for bit."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+
+from kivicache.config import LayerConfig
+from kivicache.fixed_attention import append_step
+from kivicache.fixed_states import KEYS, REFUSED, SINKS, TOTAL, VALUES, FixedStates
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = {  # name: (head_dim, dtype, config)
+    "default": (64, torch.float16, {"residual_length": 32}),
+    "2_bits": (32, torch.float16, {"nbits_key": 2, "residual_length": 8, "sink_length": 5}),
+    "8_bits": (80, torch.float32, {"nbits_key": 8, "nbits_value": 8, "group_size": 8, "sink_length": 0}),
+    "per_token": (32, torch.float32, {"group_size": -1, "residual_length": 0, "sink_length": 40}),
+    "swapped": (
+        32,
+        torch.bfloat16,
+        {"axis_key": "token", "axis_value": "channel", "group_size": 16, "sink_length": 0},
+    ),
+}
+
+
+def stores(config, like, capacity):
+    bits = (config.nbits_key, config.nbits_value)
+    lengths = torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    return *(FixedStates(like, bits[n - KEYS], n, config, capacity) for n in (KEYS, VALUES)), lengths
+
+
+def content(store, lengths):
+    """All that counts: sinks, packed bytes, and exact tokens."""
+    sinks, packed, total = (int(lengths[n]) for n in (SINKS, store.format.length, TOTAL))
+    groups = packed // store.format.tokens_per_group
+    bounds = (sinks, packed, groups, groups, total - sinks - packed)
+    return [tensor[:, :, :bound] for tensor, bound in zip(store.tensors, bounds, strict=True)]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "settings"), CASES.values(), ids=CASES)
+def test_the_kernel_stores_what_torch_stores(head_dim, dtype, settings):
+    config = LayerConfig(**{"residual_length": 16, **settings})
+    like = torch.empty(1, 2, 0, head_dim, dtype=dtype, device=DEVICE)
+    expected, given = stores(config, like, 150), stores(config, like, 150)
+    for step, tokens in enumerate([16, 16, 1, 9, 16, 1, 16, 16, 2, 1, 16, 16, 3, 16, 16, 1]):
+        # strided as a model's are: [batch, tokens, heads, head_dim], transposed
+        key_states, value_states = torch.randn(2, 1, tokens, 2, head_dim, dtype=dtype, device=DEVICE).transpose(2, 3)
+        for target, kernels in ((expected, False), (given, True)):
+            append_step(*target, key_states, value_states, kernels)
+        assert torch.equal(given[2], expected[2]), (step, given[2], expected[2])
+        for side in range(2):
+            for tensor, expected_tensor in zip(
+                content(given[side], given[2]), content(expected[side], expected[2]), strict=True
+            ):
+                assert torch.equal(tensor.view(torch.uint8), expected_tensor.view(torch.uint8)), step
+    assert int(expected[2][REFUSED]) > 0 and int(expected[2][KEYS]) > 0  # it was full, and packed something

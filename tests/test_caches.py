@@ -1,0 +1,115 @@
+"""The grammar of cache settings, and what the caches weigh."""
+
+import pytest
+import torch
+from transformers import DynamicCache, QuantizedCache
+
+from kivicache import KIVICache, KIVIConfig
+from kivicache.caches import CacheSpec, cache_bits, split_options
+from tests.tiny import tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("kivi", KIVIConfig()),
+        ("kivi:2", KIVIConfig(nbits=2)),
+        (
+            "kivi:k8v4:g64:r32:s4",
+            KIVIConfig(nbits_key=8, nbits_value=4, group_size=64, residual_length=32, sink_length=4),
+        ),
+        ("kivi:g-1:hadamard", KIVIConfig(group_size=-1, rotation="hadamard")),
+        ("kivi:2:quanto", KIVIConfig(nbits=2, backend="quanto")),
+        ("kivi:nbits=2,rotation=hadamard", KIVIConfig(nbits=2, rotation="hadamard")),
+        ("kivi:4:rotation=null,axis_key=token", KIVIConfig(nbits=4, axis_key="token")),
+        ("paper:2", KIVIConfig.paper(2)),
+        ("paper:k4v2:g64", KIVIConfig(nbits_key=4, nbits_value=2, group_size=64, sink_length=0, policy="paper")),
+    ],
+)
+def test_a_setting_is_its_config(text, config):
+    spec = CacheSpec.parse(text)
+    assert (spec.name, spec.kind, KIVIConfig.from_dict(spec.settings)) == (text, "kivi", config)
+    cache = spec.new(tiny_llama().config)
+    assert isinstance(cache, KIVICache) and cache.kivi_config == config
+
+
+def test_files_and_the_caches_of_transformers(tmp_path):
+    config, model_config = KIVIConfig(layers={1: {"nbits": 8}}), tiny_llama().config
+    config.to_yaml(tmp_path / "mine.yaml")
+    spec = CacheSpec.parse(str(tmp_path / "mine.yaml"))
+    assert spec.name == "mine" and spec.new(model_config).kivi_config == config
+    assert type(CacheSpec.parse("dynamic").new(model_config)) is DynamicCache
+    layer = CacheSpec.parse("hf-hqq:2:g32:r64:a1/0").new(model_config).layers[0]
+    assert (layer.nbits, layer.q_group_size, layer.residual_length, layer.axis_key, layer.axis_value) == (
+        2,
+        32,
+        64,
+        1,
+        0,
+    )
+    defaults = QuantizedCache("quanto", model_config).layers[0]
+    layer = CacheSpec.parse("hf-quanto").new(model_config).layers[0]
+    assert (layer.nbits, layer.q_group_size) == (defaults.nbits, defaults.q_group_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("static", "cache: got 'static'; allowed: dynamic, kivi"),
+        ("dynamic:4", "cache: got 'dynamic:4'"),
+        ("hf-fp8:8", "cache: got 'hf-fp8:8'"),
+        ("kivi:3", r"cache 'kivi:3': nbits: got 3; allowed: 2, 4, 8, 16"),
+        ("kivi:fast", "unknown option 'fast'"),
+        ("kivi:depth=2", "depth: unknown setting"),
+        ("kivi:nbits=2,nbits=4", "nbits: given twice"),
+        ("hf-quanto:sinks=2", "sinks: unknown option; allowed: nbits"),
+        ("hf-quanto:s4", "keeps no sinks"),
+        ("no-such.yaml", "cache 'no-such.yaml': No such file"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        CacheSpec.parse(text)
+
+
+def test_what_transformers_refuses_names_the_setting():
+    with pytest.raises(ValueError, match="cache 'hf-quanto:8'"):
+        CacheSpec.parse("hf-quanto:8").new(tiny_llama().config)
+
+
+def test_options_are_split_outside_of_lists():
+    assert split_options("a:b,c=[1,2]:d=x") == ("a", ["b"], {"c": [1, 2], "d": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "packed", "exact_tokens"),
+    [
+        ("dynamic", 16, 300),
+        ("kivi:16", 16, 300),
+        ("kivi:2:s4", 3, 4 + 136),
+        ("kivi:8:g16", 10, 32 + 140),
+        ("paper:4", 5, 128 / 2 + 44 / 2),
+        ("hf-quanto:4:g32", 5, 0),
+        ("hf-hqq:2:g32", 3, 0),
+        ("hf-fp8", 8, 0),
+    ],
+)
+def test_bits_are_what_the_format_says(text, packed, exact_tokens):
+    """A prompt of 300 tokens and 20 more: counts by hand, whatever dtype the states have."""
+    tokens = 320 if "hf" in text else 300
+    cache = CacheSpec.parse(text).new(tiny_llama(head_dim=64).config)
+    for layer_idx in range(2):
+        states = torch.randn(1, 2, tokens, 64)
+        cache.update(states, states, layer_idx)
+    bits = cache_bits(cache)
+    assert bits.per_packed_value == pytest.approx(packed, rel=1e-3)
+    assert bits.per_value == pytest.approx((packed * (tokens - exact_tokens) + 16 * exact_tokens) / tokens, rel=1e-3)
+
+
+def test_tokens_behind_a_quantized_prompt_are_exact():
+    cache = CacheSpec.parse("hf-quanto:4:g32").new(tiny_llama(head_dim=64).config)
+    for tokens in (320, 20):
+        for layer_idx in range(2):
+            states = torch.randn(1, 2, tokens, 64)
+            cache.update(states, states, layer_idx)
+    assert cache_bits(cache).per_value == pytest.approx((5 * 320 + 16 * 20) / 340)

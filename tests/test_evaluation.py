@@ -1,0 +1,158 @@
+"""The run over caches and tasks: what it gives, how it goes on after a stop, and what it writes."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from kivicache.__main__ import main
+from kivicache.evaluation import evaluate
+from kivicache.evaluation_report import render, report
+from tests.tiny import VOCAB, tiny_llama, word_tokenizer
+
+CACHES = ["dynamic", "kivi:16", "kivi:2:g8:r8:s4", "kivi:8:g8:r8:s4", "hf-fp8"]
+PASSKEY = "passkey:lengths=[700,900],depths=2"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{i}" for i in torch.randint(3, VOCAB, (400,)).tolist()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fidelity(text):
+    return f"fidelity:data={text},sequences=3,prefill=60,steps=20,step=8"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model in a local folder, as --model takes it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def run(caches, tasks, **kwargs):
+    steps = []
+    results = evaluate(
+        tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: steps.append(step), **kwargs
+    )
+    return results, steps
+
+
+def test_results_come_in_order_and_tell_exact_from_coarse(fidelity):
+    results, steps = run(CACHES, [fidelity])
+    assert [result.cache.name for result in results] == CACHES
+    assert [done for done, _, _ in steps] == list(range(16)) and {total for _, total, _ in steps} == {15}
+    dynamic, sixteen, coarse, fine, fp8 = (result.metrics for result in results)
+    assert dynamic == sixteen and dynamic["kl_mean"] == 0 and dynamic["bits_per_value"] == 16
+    assert 0 < fine["kl_mean"] < coarse["kl_mean"]
+    assert fp8["bits_per_value"] < 9 and coarse["bits_per_packed_value"] == 6
+    assert all(len(result.records) == 3 for result in results)
+
+
+def test_what_is_stored_is_not_measured_again(fidelity, tmp_path):
+    store = tmp_path / "deep" / "records.jsonl"
+    first, steps = run(CACHES[:2], [fidelity], store=store)
+    assert len(steps) == 7
+    again, steps = run(CACHES[:2], [fidelity], store=store)
+    assert steps == [(0, 0, "done")] and again == first
+    more, steps = run(CACHES[:3], [fidelity], store=store)
+    assert {what for _, _, what in steps} == {"fidelity kivi:2:g8:r8:s4", "done"} and more[:2] == first
+    assert run(CACHES[:2], [fidelity], store=store, limit=2)[0][0].records == first[0].records[:2]
+    _, steps = run(CACHES[:1], [fidelity.replace("step=8", "step=4")], store=store)
+    assert len(steps) == 4  # another step is another measurement
+
+
+def test_a_run_goes_on_after_a_stop(fidelity, tmp_path):
+    store = tmp_path / "records.jsonl"
+
+    def stop(done, total, what):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_llama(), word_tokenizer(), CACHES[:3], [fidelity], store=store, on_progress=stop)
+    with store.open("a") as file:
+        file.write('\n{"key": {"model"')  # a line that a crash cut off
+    results, steps = run(CACHES[:3], [fidelity], store=store)
+    assert steps[0][1] == 9 - 4
+    assert [r.metrics for r in results] == [r.metrics for r in run(CACHES[:3], [fidelity])[0]]
+    assert run(CACHES[:3], [fidelity], store=store)[1] == [(0, 0, "done")]
+
+
+@pytest.mark.parametrize(
+    ("caches", "tasks", "said"),
+    [
+        (["dynamic", "dynamic"], ["fidelity"], "cache: got 'dynamic' twice"),
+        (["dynamic"], ["passkey", "passkey:depths=2"], "task: got 'passkey' twice"),
+        (["hf-quanto:8"], [PASSKEY], "cache 'hf-quanto:8'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(caches, tasks, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate(tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: pytest.fail("it ran"))
+
+
+def test_a_cache_that_fails_is_named(fidelity, tmp_path):
+    store = tmp_path / "records.jsonl"
+    with pytest.raises(ValueError, match=r"cache 'hf-quanto:4:g64:a-1/0' fails on fidelity, item 0: "):
+        run(["dynamic", "hf-quanto:4:g64:a-1/0"], [fidelity], store=store)  # 60 tokens: not whole groups of 64
+    assert run(["dynamic"], [fidelity], store=store)[1][0][1] == 2
+
+
+def test_tables_and_files(fidelity, tmp_path):
+    pytest.importorskip("matplotlib")
+    results, _ = run(CACHES, [fidelity, PASSKEY])
+    files = report(results, tmp_path, "tiny")
+    assert [file.name for file in files] == ["fidelity.csv", "fidelity.png", "passkey.csv", "passkey.png"]
+    lines = files[0].read_text().splitlines()
+    assert lines[0].startswith("# tiny, fidelity(data=words.txt, sequences=3,") and "torch" in lines[0]
+    for row, result in zip(csv.DictReader(lines[1:]), results[:5], strict=True):
+        assert row["cache"] == result.cache.name and row["items"] == "3"
+        assert float(row["kl_mean"]) == pytest.approx(result.metrics["kl_mean"], rel=1e-4)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[1::2])
+    console = Console(file=io.StringIO(), width=140)
+    render(results, console)
+    shown = console.file.getvalue()
+    assert all(shown.count(cache) >= 2 for cache in CACHES)
+    assert f"{results[2].metrics['perplexity']:.2f}" in shown
+
+
+def test_the_command_line(folder, fidelity, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("COLUMNS", "140")
+    call = ["eval", "--model", folder, "--cache", *CACHES[:3], "--task", fidelity, PASSKEY, "--out", str(tmp_path)]
+    assert main([*call, "--limit", "2"]) == 0
+    out, _ = capsys.readouterr()
+    assert len(re.findall(r"kivi:2:g8:r8:s4", out)) == 2 and "ppl" in out
+    assert str(tmp_path / "fidelity.csv") in out
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines() if line]
+    assert len(records) == 3 * 2 * 2
+    assert main([*call, "--limit", "2"]) == 0
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1 + 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--cache", "kivi:3"), "cache 'kivi:3': nbits: got 3"),
+        (("--task", "speed"), "task: got 'speed'"),
+        (("--task", "fidelity:data=no-such.txt"), "data: got 'no-such.txt'; allowed: a file, or OWNER/NAME"),
+        (("--limit", "0"), "--limit: got '0'"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, said, folder, tmp_path, capsys):
+    try:
+        code = main(["eval", "--model", folder, "--out", str(tmp_path), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err

@@ -1,0 +1,446 @@
+"""The cache of fixed capacity against the growing one: same tokens, same bytes, compiled or not."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+import kivicache
+from kivicache import KIVICache, KIVIConfig
+from kivicache.fixed import FixedKIVILayer
+from kivicache.fixed_attention import FixedPackedStates
+from kivicache.layer import KIVILayer
+from tests.test_generate import WAYS, draft_of
+from tests.tiny import prompt, tiny_llama
+
+SMALL = {"group_size": 8, "residual_length": 16, "sink_length": 3}
+CONFIGS = {
+    "2_bits": KIVIConfig(nbits=2, **SMALL),
+    "8_4_bits": KIVIConfig(nbits_key=8, nbits_value=4, **SMALL),
+    "rotated": KIVIConfig(nbits=4, rotation="hadamard", **SMALL),
+    "per_token": KIVIConfig(nbits=4, group_size=-1, residual_length=16, sink_length=0),
+    "one_side": KIVIConfig(nbits_key=16, nbits_value=2, **SMALL),
+    "16_bits": KIVIConfig(nbits=16, **SMALL),
+}
+PACKED = {name: config for name, config in CONFIGS.items() if name != "16_bits"}
+CAPACITY = 160
+
+
+def fixed_cache(config, max_cache_len=CAPACITY, model=None):
+    return KIVICache(config, config=(model or tiny_llama()).config, max_cache_len=max_cache_len)
+
+
+def compiled(backend="eager", **kwargs):
+    """What makes ``generate`` compile on the CPU as it does on a GPU, where a graph break is an error."""
+    config = CompileConfig(**{"fullgraph": True, "mode": None, "backend": backend, **kwargs})
+    config._compile_all_devices = True
+    return config
+
+
+def generate(model, inputs, cache, **kwargs):
+    torch.manual_seed(1234)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return model.generate(**inputs, past_key_values=cache, **{"max_new_tokens": 40, "do_sample": False, **kwargs})
+
+
+@pytest.fixture
+def graphs():
+    """How many graphs were compiled since."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def count():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    yield count
+    torch._dynamo.reset()
+
+
+def assert_same_content(fixed, growing):
+    for layer, expected in zip(fixed.layers, growing.layers, strict=True):
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+@pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
+def test_a_layer_holds_what_a_growing_one_holds(config):
+    """Bit by bit, whatever comes in what pieces: prompt, steps, drafts, chunks, and crops into the packed part."""
+    growing, fixed = KIVILayer(config.layer(0)), FixedKIVILayer(config.layer(0), 400)
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    new = [50, *[1] * 20, 5, 16, 17, 3, -2, 1, 60, -45, *[1] * 30, -30, 4, 16, 16, 16, *[2] * 20]
+    for step, tokens in enumerate(new):
+        if tokens < 0:
+            growing.crop(tokens)
+            fixed.crop(tokens)
+        else:
+            states = torch.randn(2, 2, 3, tokens, 16, generator=generator)
+            length = growing.get_seq_length() + tokens
+            expected, seen = growing.update(*states), fixed.update(*states)
+            assert fixed.get_seq_length() == length
+            for dense, expected_dense in zip(seen, expected, strict=True):
+                assert torch.equal(dense[:, :, :length], expected_dense), (step, tokens)
+                assert step == 0 or (dense.shape[2] == 400 and not dense[:, :, length:].any())
+        if step % 7 == 3:
+            assert torch.equal(fixed.keys, growing.keys) and torch.equal(fixed.values, growing.values), (step, tokens)
+    report, expected_report = fixed.memory(), growing.memory()
+    assert (report.codes, report.scales, report.values) == (
+        expected_report.codes,
+        expected_report.scales,
+        expected_report.values,
+    )
+
+
+def regret(model, inputs, output, growing):
+    """How much worse the tokens of `output` are than the choices of a `growing` cache fed with them.
+
+    The compiler rounds elsewhere than eager mode does, which now and then turns a code over and decides a tie: each
+    token must be the growing cache's choice, or as good as it. Returns the largest difference of logits, in standard
+    deviations.
+    """
+    prompt_length, length = inputs["input_ids"].shape[1], output.shape[1]
+    mask = torch.ones_like(output)
+    mask[:, :prompt_length] = inputs["attention_mask"]
+    positions, logits = (mask.cumsum(1) - 1).clamp(min=0), []
+    for start, stop in [(0, prompt_length), *((i, i + 1) for i in range(prompt_length, length - 1))]:
+        with torch.no_grad():
+            step = model(
+                output[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=growing,
+            )
+        logits.append(step.logits[:, -1:])
+    logits = torch.cat(logits, dim=1).float()
+    chosen = logits.gather(-1, output[:, prompt_length:, None])
+    return ((logits.amax(-1, keepdim=True) - chosen) / logits.std(-1, keepdim=True)).max()
+
+
+COMPILED = {  # config, tokens of padding, backend
+    "aot_eager": ("2_bits", 0, "aot_eager"),
+    "8_4_bits_left_padded": ("8_4_bits", 9, "eager"),
+    "rotated": ("rotated", 9, "aot_eager"),
+    "per_token": ("per_token", 0, "eager"),
+    "one_side": ("one_side", 9, "eager"),
+    "16_bits": ("16_bits", 0, "eager"),
+}
+
+
+@pytest.mark.parametrize(("name", "padding", "backend"), COMPILED.values(), ids=COMPILED)
+def test_compiled_generation_is_the_growing_cache_s(name, padding, backend, graphs):
+    model, inputs, config = tiny_llama(layers=1), prompt(padding=padding), CONFIGS[name]
+    growing, fixed = KIVICache(config), fixed_cache(config, model=model)
+    expected = generate(model, inputs, growing)
+    assert torch.equal(generate(model, inputs, fixed, compile_config=compiled(backend)), expected)
+    assert graphs() == 1
+    length = growing.get_seq_length()
+    for side in ("keys", "values"):
+        states = getattr(fixed.layers[0], side)[:, :, :length]
+        assert torch.allclose(states, getattr(growing.layers[0], side), atol=1e-5)
+
+
+def test_generation_compiled_by_inductor(graphs):
+    model, inputs, config = tiny_llama(layers=1), prompt(padding=9), CONFIGS["2_bits"]
+    fixed = fixed_cache(config, model=model)
+    output = generate(model, inputs, fixed, compile_config=compiled("inductor", mode="reduce-overhead"))
+    assert regret(model, inputs, output, KIVICache(config)) < 0.25
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "sampl" not in way or way == "sampling"])
+def test_way_of_generating(way):
+    """Every way, the steps not compiled: so are they in the growing cache, and scores differ by rounding alone."""
+    model, kwargs, config = tiny_llama(), dict(WAYS[way]), CONFIGS["2_bits"]
+    inputs = prompt(kwargs.pop("batch", 2), padding=9)
+    if kwargs.pop("repeat", False):
+        inputs["input_ids"][:, 40:] = inputs["input_ids"][:, 10:40]
+    if kwargs.pop("assistant", False):
+        kwargs["assistant_model"] = draft_of(model)
+    growing, fixed = KIVICache(config), fixed_cache(config)
+    expected = generate(model, inputs, growing, **kwargs)
+    assert torch.equal(generate(model, inputs, fixed, **kwargs), expected)
+    assert [layer.keys.shape for layer in fixed.layers] == [layer.keys.shape for layer in growing.layers]
+    assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
+
+
+@pytest.mark.parametrize("way", ["assisted", "prompt_lookup"])
+def test_drafts_of_several_lengths_compiled(way, graphs):
+    model, kwargs, config = tiny_llama(), dict(WAYS[way]), CONFIGS["2_bits"]
+    inputs = prompt(kwargs.pop("batch", 2))
+    if kwargs.pop("repeat", False):
+        inputs["input_ids"][:, 40:] = inputs["input_ids"][:, 10:40]
+    if kwargs.pop("assistant", False):
+        kwargs["assistant_model"] = draft_of(model)
+        kwargs["assistant_model"].generation_config.num_assistant_tokens = 6
+    growing, fixed = KIVICache(config), fixed_cache(config)
+    expected = generate(model, inputs, growing, **kwargs)
+    assert torch.equal(generate(model, inputs, fixed, compile_config=compiled(), **kwargs), expected)
+    assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
+
+
+def test_chunked_prefill_compiles_around_its_chunks():
+    torch._dynamo.reset()
+    model, inputs, config = tiny_llama(layers=1), prompt(), CONFIGS["2_bits"]
+    expected = generate(model, inputs, KIVICache(config), prefill_chunk_size=33)
+    compile_config = compiled(fullgraph=False)  # a chunk longer than a step is cached outside
+    output = generate(
+        model, inputs, fixed_cache(config, model=model), prefill_chunk_size=33, compile_config=compile_config
+    )
+    assert torch.equal(output, expected)
+
+
+def test_reset_and_fresh_caches_and_other_batches_reuse_the_graph(graphs):
+    model, config = tiny_llama(layers=1), CONFIGS["2_bits"]
+    cache = fixed_cache(config, model=model)
+    address = None
+    for batch, padding, fresh in ((2, 0, False), (2, 9, False), (2, 3, True)):
+        inputs = prompt(batch, padding=padding)
+        cache = fixed_cache(config, model=model) if fresh else cache
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
+        expected = generate(model, inputs, KIVICache(config))
+        assert torch.equal(generate(model, inputs, cache, compile_config=compiled()), expected)
+        assert graphs() == 1
+        address = address or cache.layers[0]._stores[0].codes.data_ptr()
+        assert fresh or cache.layers[0]._stores[0].codes.data_ptr() == address  # a captured graph would write there
+    cache.reset()
+    inputs = prompt(3)
+    assert torch.equal(
+        generate(model, inputs, cache, compile_config=compiled()), generate(model, inputs, KIVICache(config))
+    )
+
+
+def test_several_turns_on_one_cache():
+    model, caches = tiny_llama(), (KIVICache(CONFIGS["2_bits"]), fixed_cache(CONFIGS["2_bits"], 400))
+    history = prompt()["input_ids"]
+    for question in (0, 11, 45, 1):
+        history = torch.cat([history, prompt(tokens=question)["input_ids"]], dim=1)
+        inputs = {"input_ids": history, "attention_mask": torch.ones_like(history)}
+        output, expected = (generate(model, inputs, cache) for cache in caches)
+        assert torch.equal(output, expected)
+        history = output
+
+
+def test_a_copy_is_independent():
+    model, cache = tiny_llama(), fixed_cache(CONFIGS["2_bits"])
+    generate(model, prompt(), cache)
+    before, copied = cache.layers[1].keys, copy.deepcopy(cache)
+    states = torch.randn(2, 2, 1, 16)
+    for _ in range(12):
+        copied.update(states, states, 1)
+    assert torch.equal(cache.layers[1].keys, before)
+    assert copied.get_seq_length(1) == cache.get_seq_length(1) + 12
+
+
+def test_a_step_under_torch_compile_itself():
+    """The model compiled by hand: one graph, no break, nothing compiled again."""
+    torch._dynamo.reset()
+    model, config = tiny_llama(), CONFIGS["2_bits"]
+    growing, fixed = KIVICache(config), fixed_cache(config, 140)
+    tokens = prompt(tokens=100)["input_ids"]
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for cache in (growing, fixed):
+            model(tokens[:, :60], past_key_values=cache)
+        for i in range(60, 100):
+            inputs = tokens[:, i : i + 1]
+            expected = model(inputs, past_key_values=growing).logits
+            with torch._dynamo.config.patch(error_on_recompile=i > 60):
+                logits = step(input_ids=inputs, past_key_values=fixed).logits
+            assert torch.allclose(logits, expected, atol=1e-3), i
+    assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compile_config", [None, compiled()], ids=["eager", "compiled"])
+def test_what_does_not_fit_is_refused_before_it_is_written(compile_config):
+    model, inputs = tiny_llama(), prompt()
+    cache = fixed_cache(CONFIGS["2_bits"], 80)
+    with pytest.raises(ValueError, match="max_cache_len: got 80, and 1 new tokens after 80 cached ones"):
+        generate(model, inputs, cache, max_new_tokens=30, compile_config=compile_config)
+    assert cache.get_seq_length() == 80
+    before = [layer.keys for layer in cache.layers]
+    with pytest.raises(ValueError, match="max_cache_len"):
+        cache.update(torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), 0)
+    with pytest.raises(ValueError, match="max_cache_len"):
+        cache.update(torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16), 0)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    generate(model, inputs, fixed_cache(CONFIGS["2_bits"], 80), max_new_tokens=11, compile_config=compile_config)
+    with pytest.raises(ValueError, match="max_cache_len: got 60, and 70 new tokens after 0"):
+        generate(model, inputs, fixed_cache(CONFIGS["2_bits"], 60), compile_config=compile_config)
+
+
+def test_a_step_on_a_full_cache_writes_nothing_and_is_told():
+    """Only a graph that nobody asks can come so far."""
+    layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 50)
+    layer.update(*torch.randn(2, 1, 2, 49, 16))
+    before = layer.keys
+    step = torch.compile(lambda states: layer.update(states, states)[0].sum(), fullgraph=True, backend="eager")
+    states = torch.randn(1, 2, 2, 16)
+    step(states)
+    assert layer.get_seq_length() == 49
+    with pytest.raises(ValueError, match="1 compiled steps on a full cache"):
+        layer.keys  # noqa: B018
+    layer.reset()
+    layer.update(before, before)
+    assert layer.get_seq_length() == 49
+
+
+REFUSED = {
+    "without config": (KIVIConfig(), {"max_cache_len": 10}, "max_cache_len: .* config=model.config"),
+    "zero": (KIVIConfig(), {"max_cache_len": 0, "config": tiny_llama().config}, "max_cache_len: got 0; allowed"),
+    "paper": (KIVIConfig.paper(2), {"max_cache_len": 99, "config": tiny_llama().config}, 'policy: got "paper"'),
+    "hqq": (KIVIConfig(backend="hqq"), {"max_cache_len": 99, "config": tiny_llama().config}, 'backend: got "hqq"'),
+    "heads": (KIVIConfig(heads={0: {1: 8}}), {"max_cache_len": 99, "config": tiny_llama().config}, "heads: got"),
+    "offloading": (
+        KIVIConfig(),
+        {"max_cache_len": 99, "config": tiny_llama().config, "offloading": True},
+        "offloading: got True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "kwargs", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(config, kwargs, message):
+    if config.backend == "hqq":
+        pytest.importorskip("hqq")
+    with pytest.raises(ValueError, match=message):
+        KIVICache(config, **kwargs)
+
+
+def test_only_the_fixed_cache_says_that_it_can_be_compiled():
+    assert fixed_cache(CONFIGS["2_bits"]).is_compileable
+    assert not KIVICache(config=tiny_llama().config).is_compileable
+
+
+@pytest.mark.parametrize("attention", ["kivi", "sdpa"])
+def test_a_compiled_step_on_packed_bytes(attention, graphs, monkeypatch):
+    """The kernels themselves, interpreted, in a graph: with "sdpa" the states turn dense, with "kivi" they do not."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kivicache.attention, "FUSED_DEVICES", ["cpu", "cuda"])
+    model, inputs = tiny_llama(layers=1, attention=attention), prompt(batch=1, tokens=73, padding=5)
+    config = KIVIConfig(nbits=2, residual_length=8, sink_length=3)
+    growing, fixed = KIVICache(config), fixed_cache(config, 100, model)
+    read: list[FixedPackedStates] = []
+    dense = FixedPackedStates._read
+    monkeypatch.setattr(FixedPackedStates, "_read", lambda self: read.append(self) or dense(self))
+    expected = generate(model, inputs, growing, max_new_tokens=5)
+    output = generate(model, inputs, fixed, max_new_tokens=5, compile_config=compiled("aot_eager"))
+    assert torch.equal(output, expected)
+    assert bool(read) == (attention == "sdpa") and graphs() == 1
+    assert fixed.explain() == {0: "packed"}
+    assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
+
+
+def test_a_dense_graph_is_hinted_at_once(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kivicache.attention, "FUSED_DEVICES", ["cpu", "cuda"])
+    kivicache.fixed._hint_attention.cache_clear()
+    for attention, hints in (("kivi", 0), ("sdpa", 1), ("sdpa", 1)):
+        cache = fixed_cache(KIVIConfig(), model=tiny_llama(attention=attention))
+        cache.update(*torch.randn(2, 1, 2, 9, 16), 0)
+        assert caplog.text.count('set_attn_implementation("kivi")') == hints
+
+
+def test_layers_of_other_kinds_are_those_of_a_static_cache():
+    config = Gemma3TextConfig(
+        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8
+    )
+    cache = KIVICache(KIVIConfig(nbits=2, layers={3: {"nbits": 16}}), config=config, max_cache_len=64)
+    kinds = [StaticSlidingWindowLayer, FixedKIVILayer, StaticSlidingWindowLayer, StaticLayer]
+    assert [type(layer) for layer in cache.layers] == kinds
+    assert cache.is_compileable and cache.is_sliding == [True, False, True, False]
+    assert cache.explain()[0] == "StaticSlidingWindowLayer: left as it is"
+
+
+def test_a_model_with_sliding_layers_generates_the_same(graphs):
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.3, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model, inputs = Gemma3ForCausalLM(config).eval(), prompt(padding=9)
+    expected = generate(model, inputs, KIVICache(CONFIGS["8_4_bits"], config=config))
+    cache = KIVICache(CONFIGS["8_4_bits"], config=config, max_cache_len=CAPACITY)
+    assert torch.equal(generate(model, inputs, cache, compile_config=compiled()), expected)
+
+
+def on_gpu(padding, nbits):
+    """A model, a prompt, and a growing and a fixed cache that the kernels serve."""
+    model = tiny_llama(head_dim=128, attention="kivi").to("cuda", torch.bfloat16)
+    cfg = KIVIConfig(nbits_key=nbits[0], nbits_value=nbits[1], residual_length=32)
+    inputs = {name: tensor.cuda() for name, tensor in prompt(tokens=150, padding=padding).items()}
+    return model, inputs, KIVICache(cfg), fixed_cache(cfg, 400, model)
+
+
+GPU = pytest.mark.parametrize(
+    ("padding", "nbits"), [(0, (2, 2)), (9, (4, 2)), (9, (8, 8))], ids=["2_bits", "k4v2_padded", "8_bits_padded"]
+)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["cuda_graph", "traced"])
+def test_generate_captures_the_step(backend, padding, nbits, graphs, monkeypatch):
+    """Nothing is set but the attention: `generate` compiles by itself, with CUDA graphs."""
+    model, inputs, growing, fixed = on_gpu(padding, nbits)
+    monkeypatch.setattr(FixedPackedStates, "_read", lambda self: pytest.fail("went dense"))
+    for turn in ("first", "on the same buffers", "on fresh ones"):
+        fixed = fixed_cache(fixed.kivi_config, 400, model) if turn == "on fresh ones" else fixed
+        fixed.reset()
+        growing.reset()
+        compile_config = backend and compiled(backend)
+        output = generate(model, inputs, fixed, max_new_tokens=120, compile_config=compile_config)
+        assert regret(model, inputs, output, growing) < 0.25, turn
+        if backend is not None:  # not rounded elsewhere: the keys before the first attention are the same
+            assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
+    assert graphs() == 1 and torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert fixed.explain() == {0: "packed", 1: "packed"}
+
+
+@pytest.mark.gpu
+def test_no_allocation_from_step_to_step(graphs):
+    model = tiny_llama(head_dim=128, attention="kivi").to("cuda", torch.bfloat16)
+    cache = fixed_cache(KIVIConfig(nbits=2), 4096, model)
+    inputs = {name: tensor.cuda() for name, tensor in prompt(tokens=150).items()}
+    addresses, seen = [], []
+
+    def stop(input_ids, scores, **kwargs):
+        addresses.append([tensor.data_ptr() for tensor in cache.layers[1]._stores[0].tensors])
+        seen.append(torch.cuda.memory_allocated())
+        return torch.zeros(2, dtype=torch.bool, device="cuda")
+
+    generate(model, inputs, cache, max_new_tokens=200, stopping_criteria=[stop])
+    assert addresses[0] == addresses[-1]
+    assert seen[-1] - seen[20] < 2**16  # the tokens and their mask, no more
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [0, 30], ids=["", "left_padded"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        KIVIConfig(nbits=2),
+        KIVIConfig(nbits=4, rotation="hadamard"),
+        KIVIConfig(nbits_key=16, nbits_value=4),
+    ],
+    ids=str,
+)
+def test_gpu_cuda_graphs_give_the_growing_cache_s_tokens(config, padding, graphs):
+    """In float32 to the last token; the second call of the same shape compiles nothing."""
+    model = copy.deepcopy(tiny_llama(layers=2, heads=8, kv_heads=2, head_dim=128)).cuda()
+    model.set_attn_implementation("kivi")
+    inputs = {key: value.cuda() for key, value in prompt(tokens=300, padding=padding).items()}
+    growing = KIVICache(config)
+    expected = generate(model, inputs, growing, max_new_tokens=100)
+    fixed = fixed_cache(config, 448, model)
+    for _ in range(2):
+        tokens = generate(model, inputs, fixed, max_new_tokens=100)
+        compiled_graphs = graphs()
+        assert all(reasons == "packed" for reasons in fixed.explain().values())
+        assert torch.equal(tokens, expected)
+        fixed.reset()
+    assert graphs() == compiled_graphs == 1
