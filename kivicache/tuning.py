@@ -25,7 +25,7 @@ Objective = Callable[[KIVIConfig], float]
 OnProgress = Callable[[str, int, int, str], object]  # (stage, how much of it is done, of how much, a note)
 DEFAULT_BASE = KIVIConfig(backend="mse")
 STAGES = ("errors by layer", "loss by layer", "uniform settings", "search")
-_FROM_1 = ("trials", "groups", "sequences", "prefill", "scored")
+_FROM_1 = ("trials", "groups", "sequences", "profiled", "prefill", "scored")
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,20 @@ class TuningSettings:
             of ``base``.
         groups: about as many groups of layers or heads share a choice.
         sequences, prefill, scored: pieces of text, tokens of each that are prefilled, and tokens scored behind them.
+        profiled: as many pieces are enough to profile the layers, which takes most of the time.
         seed: of the search.
     """
 
     budget: float
-    trials: int = 200
+    trials: int = 100
     base: KIVIConfig = DEFAULT_BASE
     group_sizes: tuple[int, ...] = (32, 64)
     rotations: tuple[str | None, ...] = (None, "hadamard")
     per_head: bool = False
     groups: int = 12
-    sequences: int = 6
-    prefill: int = 544
+    sequences: int = 12
+    profiled: int = 6
+    prefill: int = 512
     scored: int = 24
     seed: int = 0
 
@@ -148,6 +150,8 @@ def run(
     Raises:
         ValueError: naming the setting, what was given and what is allowed.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"texts: got the text {texts[:40]!r}; allowed: several texts, such as a list")
     if missing := [name for name in ("optuna", "sklearn") if find_spec(name) is None]:
         raise MissingPackage(missing[0], 'pip install "kivicache[tune]"')
     if unknown := sorted(set(settings) - {field.name for field in fields(TuningSettings)}):
@@ -156,12 +160,13 @@ def run(
     chosen = TuningSettings(**settings)
     study = open_study(storage, study_name, chosen.seed, resume)
     _claim(study, chosen, model)
-    tokens = calibration(tokenizer, texts, chosen).to(model.device)
-    fidelity = CachedKL(model, tokens, chosen.prefill, chosen.scored)
-    loss: Objective = objective or fidelity
+    texts = list(texts)
+    tokens = (calibration(tokenizer, texts, chosen, count) for count in (chosen.sequences, chosen.profiled))
+    whole, part = (CachedKL(model, own.to(model.device), chosen.prefill, chosen.scored) for own in tokens)
+    loss: Objective = objective or whole
     if measured is None and (measured := _stored(study)) is None:
-        profile = _profile(fidelity, loss, chosen, on_progress)
-        measured = Measured(profile, _uniform(fidelity, loss, chosen, on_progress))
+        profile = _profile(part, objective or part, chosen, on_progress)
+        measured = Measured(profile, _uniform(whole, loss, chosen, on_progress))
     measured = _stored(study) or _store(study, measured)
     groups = cluster(prune(measured.profile), chosen.groups, "loss")
     search(
@@ -182,12 +187,19 @@ def run(
     )
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], settings: TuningSettings) -> Tensor:
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], settings: TuningSettings, sequences: int
+) -> Tensor:
     """``[sequences, tokens]``: pieces evenly spread over the texts."""
-    if isinstance(texts, str):
-        raise ValueError(f"texts: got the text {texts[:40]!r}; allowed: several texts, such as a list")
     tokens = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"])
-    return spread_sequences(tokens, settings.sequences, settings.prefill + settings.scored + 1)
+    return spread_sequences(tokens, sequences, settings.prefill + settings.scored + 1)
+
+
+def default_texts() -> list[str]:
+    """What every Python carries: its own language reference, as ``help("topics")`` shows it."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
 
 
 def _profile(fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress) -> Profile:

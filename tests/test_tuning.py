@@ -18,7 +18,16 @@ from kivicache.tuning_report import front, plot_front, plot_sensitivity, render_
 from tests.tiny import VOCAB, tiny_llama, word_tokenizer
 
 BASE = KIVIConfig(residual_length=16, sink_length=4, backend="mse")
-SMALL = {"base": BASE, "group_sizes": (8, 16), "trials": 12, "groups": 3, "sequences": 2, "prefill": 84, "scored": 8}
+SMALL = {
+    "base": BASE,
+    "group_sizes": (8, 16),
+    "trials": 12,
+    "groups": 3,
+    "sequences": 2,
+    "profiled": 1,
+    "prefill": 84,
+    "scored": 8,
+}
 
 
 def words(count):
@@ -46,7 +55,7 @@ def test_the_result_keeps_the_budget_in_a_real_cache_and_its_loss_is_true(per_he
     model, texts = tiny_llama(layers=3), [words(150), words(150)]
     result = run(model, texts, per_head=per_head)
     cache = KIVICache(result.config, config=model.config)
-    tokens = tuning.calibration(word_tokenizer(), texts, result.settings)
+    tokens = tuning.calibration(word_tokenizer(), texts, result.settings, 2)
     with torch.no_grad():
         model(tokens[:, :84], **{cache_argument(model): cache})
     assert cache.memory().packed_bits_per_value == pytest.approx(result.best.bits)
