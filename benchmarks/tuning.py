@@ -25,11 +25,11 @@ from kivicache.evaluation_report import pyplot
 from kivicache.fidelity import spread_sequences
 from kivicache.models import EMBEDDED, load_model
 from kivicache.objectives import CachedKL
-from kivicache.tuning import Measured, Point, TuningResult, TuningSettings, default_texts, run
+from kivicache.tuning import Point, TuningResult, TuningSettings, default_texts, run
 from kivicache.tuning_report import finish_front, plot_sensitivity, plot_uniform
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = (3.0, 2.5, 3.25, 3.5, 4.0, 5.0)
+BUDGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 5.0)
 PREFILL, SCORED, STEP, SEQUENCES = 768, 256, 32, 4
 Row = dict[str, Any]
 
@@ -40,19 +40,19 @@ def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     return CachedKL(model, spread_sequences(tokens, SEQUENCES, PREFILL + SCORED + 1), PREFILL, STEP)
 
 
-def uniform_rows(measured: Measured, base: KIVIConfig, loss: CachedKL) -> list[Row]:
-    """Every uniform setting of up to the largest budget's bits."""
-    choices = {str(choice): choice for costs in measured.profile.values() for choice in costs}
+def uniform_rows(result: TuningResult, most: float, loss: CachedKL) -> list[Row]:
+    """Every uniform setting of up to so many bits."""
+    choices = {str(choice): choice for choice in result.settings.uniform()}
     rows = []
-    for point in sorted(measured.uniform, key=lambda point: point.bits):
-        if point.bits <= max(BUDGETS):
-            config = KIVIConfig.from_dict(base.to_dict() | choices[point.label].settings)
-            rows.append(row(point.label, point, loss(config)))
+    for point in sorted(result.measured.uniform, key=lambda point: point.bits):
+        if point.bits <= most:
+            config = KIVIConfig.from_dict(result.settings.base.to_dict() | choices[point.label].settings)
+            rows.append(row(point.label, point.bits, loss(config)))
     return rows
 
 
-def row(setting: str, point: Point, kl: float) -> Row:
-    made = {"setting": setting, "bits": f"{point.bits:.3f}", "kl_tuned_on": f"{point.loss:.5f}", "kl": f"{kl:.5f}"}
+def row(setting: str, bits: float, kl: float) -> Row:
+    made = {"setting": setting, "bits": f"{bits:.3f}", "kl": f"{kl:.5f}"}
     print("  ".join(f"{name} {value}" for name, value in made.items()), flush=True)
     return made
 
@@ -105,31 +105,33 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="a held-out text, such as WikiText-2's test split")
     parser.add_argument("--storage", default="tuning-trials.journal", help="where the trials are kept")
     parser.add_argument("--trials", type=int, default=TuningSettings(3.0).trials)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, metavar="BITS")
     parser.add_argument("--per-head", type=float, metavar="BITS", help="refine the heads of this budget's result")
     args = parser.parse_args()
     model, tokenizer = load_model()
     loss, texts = held_out(model, tokenizer, args.text), default_texts()
     common = {"storage": args.storage, "resume": True, "trials": args.trials}
     results: dict[float, TuningResult] = {}
-    tuned, measured = [], None
-    for budget in BUDGETS:
+    tuned, uniform, measured = [], [], None
+    for budget in args.budgets:
         start = time.perf_counter()
         found = run(model, tokenizer, texts, budget=budget, study_name=f"b{budget}", measured=measured, **common)
         seconds, measured, results[budget] = time.perf_counter() - start, found.measured, found
         found.config.to_yaml(RESULTS / f"smollm2-{budget:g}bit.yaml")
-        tuned.append(row(f"tuned {budget:g}", found.best, loss(found.config)) | {"seconds": f"{seconds:.0f}"})
-    uniform = uniform_rows(results[BUDGETS[0]].measured, results[BUDGETS[0]].settings.base, loss)
+        tuned.append(row(f"tuned {budget:g}", found.best.bits, loss(found.config)) | {"seconds": f"{seconds:.0f}"})
+        if not uniform:
+            uniform = uniform_rows(found, max(args.budgets), loss)
     if args.per_head is not None:
         options: Row = {"base": results[args.per_head].config, "per_head": True, "budget": args.per_head}
         found = run(model, tokenizer, texts, study_name=f"h{args.per_head}", **common, **options)
         found.config.to_yaml(RESULTS / f"smollm2-{args.per_head:g}bit-heads.yaml")
-        tuned.append(row(f"tuned {args.per_head:g} per head", found.best, loss(found.config)))
+        tuned.append(row(f"tuned {args.per_head:g} per head", found.best.bits, loss(found.config)))
     tuned = [one | beside_uniform(one, uniform) for one in tuned]
     write(
         [*sorted(tuned, key=lambda r: float(r["bits"])), *uniform], RESULTS / "tuning.csv", args.text, found.settings
     )
     plot([one for one in tuned if "head" not in one["setting"]], uniform, RESULTS / "tuning.png")
-    plot_sensitivity(results[BUDGETS[0]], RESULTS / "tuning_sensitivity.png")
+    plot_sensitivity(results[args.budgets[0]], RESULTS / "tuning_sensitivity.png")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def folder(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(words(3600))
+    (tmp_path / "text.txt").write_text(words(6500))
     BASE.to_yaml(tmp_path / "base.yaml")
     return tmp_path
 
