@@ -9,18 +9,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from kivicache import __version__, demo
+from kivicache import __version__, demo, tuning
 from kivicache.caches import CacheSpec
 from kivicache.config import CHOICES, PRESETS, KIVIConfig
+from kivicache.data import load_text
 from kivicache.evaluation import OnProgress, evaluate
 from kivicache.evaluation_report import render, report
 from kivicache.models import EMBEDDED, PROMPT, MissingPackage, load_model
+from kivicache.objectives import TaskErrors
 from kivicache.tasks import TASKS, parse_task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_estimate(commands)
     _add_eval(commands)
+    _add_tune(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except (MissingPackage, ValueError, NotImplementedError) as error:
+    except (ImportError, ValueError, NotImplementedError) as error:
         print(f"kivicache {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -188,6 +194,13 @@ def _eval(args: argparse.Namespace) -> int:
 @contextmanager
 def _time_left() -> Iterator[OnProgress]:
     """One progress bar on stderr that says what runs, how much is done, and how long the rest will take."""
+    with _bars("{task.description:<28.28}", transient=True) as progress:
+        bar = progress.add_task("", note="")
+        yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
+
+
+def _bars(description: str, transient: bool) -> Progress:
+    """Progress bars on stderr with the time left, and a note behind it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -201,16 +214,107 @@ def _time_left() -> Iterator[OnProgress]:
     console = Console(file=sys.stderr)
     left = TimeRemainingColumn(elapsed_when_finished=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
-    with Progress(
-        TextColumn("{task.description:<28.28}"),
+    return Progress(
+        TextColumn(description),
         *columns,
+        TextColumn("{task.fields[note]}"),
         console=console,
-        transient=True,
+        transient=transient,
         disable=not console.is_terminal,
         speed_estimate_period=600,
-    ) as progress:
-        bar = progress.add_task("")
-        yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
+    )
+
+
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Search the bits of every layer under a budget (KVTuner) and write them as YAML for KIVICache."
+    parser = commands.add_parser("tune", help="search the best bits per layer", description=description)
+    parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help="calibration text (default: Python's own language reference)")
+    text.add_argument("--dataset", metavar="NAME", help="OWNER/NAME[/CONFIG[/SPLIT]] on the hub, with a text column")
+    parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
+    parser.add_argument("--trials", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--config", metavar="FILE", help="what the search does not choose, as YAML (default: mse)")
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
+    rotations = [choice or "none" for choice in CHOICES["rotation"]]
+    parser.add_argument("--rotations", nargs="+", choices=rotations, default=rotations, help="default: all")
+    parser.add_argument("--groups", type=_positive, default=12, metavar="N", help="of layers that choose alike (12)")
+    parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
+    parser.add_argument("--task", metavar="TASK", help="minimize its errors, not KL: gsm8k:data=FILE,limit=20")
+    parser.add_argument("--storage", metavar="FILE|URL", help="journal or optuna database (default: OUT.journal)")
+    parser.add_argument("--study", default="kivicache", metavar="NAME", help="in the storage; default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with the study, also beside other workers on it")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s; give each worker its own")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    for package in ("optuna", "sklearn", "matplotlib", "rich"):
+        if find_spec(package) is None:
+            raise MissingPackage(package, 'pip install "kivicache[tune]"')
+    from rich.console import Console
+
+    from kivicache.tuning_report import plot_front, plot_sensitivity, render_tuning
+
+    settings = {
+        "budget": args.budget,
+        "trials": args.trials,
+        "base": tuning.DEFAULT_BASE if args.config is None else _config(args),
+        "group_sizes": tuple(args.group_sizes),
+        "rotations": tuple(None if name == "none" else name for name in args.rotations),
+        "per_head": args.per_head,
+        "groups": args.groups,
+        "seed": args.seed,
+    }
+    tuning.TuningSettings(**settings)  # what is wrong is said before the model is loaded
+    task = None if args.task is None else parse_task(args.task)
+    texts = _calibration_texts(args)
+    device = _device(args.device)
+    _quiet_unless_it_downloads(args.model)
+    model, tokenizer = load_model(args.model, device)
+    with _stages(tuning.STAGES) as on_progress:
+        result = tuning.run(
+            model,
+            tokenizer,
+            texts,
+            objective=None if task is None else TaskErrors(model, tokenizer, task),
+            storage=args.storage or f"{args.out}.journal",
+            study_name=args.study,
+            resume=args.resume,
+            on_progress=on_progress,
+            **settings,
+        )
+    result.config.to_yaml(args.out)
+    console = Console(highlight=False, markup=False)
+    render_tuning(result, console)
+    for plot, name in ((plot_front, "front"), (plot_sensitivity, "sensitivity")):
+        print(plot(result, args.out.with_suffix(f".{name}.png")))
+    print(f"{args.out}: use it as KIVICache({str(args.out)!r}, config=model.config)")
+    return 0
+
+
+def _calibration_texts(args: argparse.Namespace) -> list[str]:
+    if args.text is not None and not Path(args.text).is_file():
+        raise ValueError(f"--text: {args.text}: no such file")
+    source = args.text or args.dataset
+    return tuning.default_texts() if source is None else [load_text(source)]
+
+
+@contextmanager
+def _stages(stages: Sequence[str]) -> Iterator[tuning.OnProgress]:
+    """On stderr, for each stage a progress bar with the time left."""
+    width = max(map(len, stages))
+    with _bars(f"{{task.description:<{width}}}", transient=False) as progress:
+        bars = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
+
+        def on_progress(stage: str, done: int, total: int, note: str) -> None:
+            if not progress.tasks[bars[stage]].started:
+                progress.start_task(bars[stage])
+            progress.update(bars[stage], completed=done, total=total, description=stage, note=note)
+
+        yield on_progress
 
 
 def _add_config(parser: _Parser) -> None:

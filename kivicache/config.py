@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "axis_value": ("channel", "token"),
     "rotation": (None, "hadamard"),
     "policy": ("window", "paper"),
-    "backend": ("native", "hqq", "quanto"),
+    "backend": ("native", "mse", "hqq", "quanto"),
 }
 # bits of a packed value -> the best setting found that holds for all layers, see KIVIConfig.preset
 PRESETS: dict[str, dict[str, Any]] = {
@@ -115,7 +115,8 @@ class KIVIConfig(_Settings):
         policy: "window": one split point for keys and values, moved on in blocks of ``group_size`` tokens, never
             fewer than ``residual_length`` exact tokens. "paper": KIVI's Algorithm 1, where keys are quantized
             ``residual_length`` at a time and values one by one.
-        backend: who chooses codes, scale and minimum: "native", "hqq" or "quanto".
+        backend: who chooses codes, scale and minimum: "native" (min-max), "mse" (least squared error, slower to
+            pack), "hqq" or "quanto".
         layers: layer index -> any of the fields above, for that layer alone.
         heads: layer index -> kv head index -> bits, as one number or as {nbits_key, nbits_value}.
 

@@ -131,11 +131,10 @@ def write_csv(results: Sequence[Result], path: Path, model: str) -> Path:
 
 def plot_quality(results: Sequence[Result], path: Path) -> Path:
     """Quality against true bits, a point for each setting: of what is packed, and of the whole cache."""
-    pyplot = _pyplot()
     metric = next((name for name in results[0].metrics if name in QUALITY), list(results[0].metrics)[-1])
     label, logarithmic = QUALITY.get(metric, (_heading(metric), False))
     shown = [result for result in results if not logarithmic or result.metrics[metric] > 1e-9]
-    figure, panels = pyplot.subplots(1, 2, figsize=(15, 8), sharey=True, layout="constrained")
+    figure, panels = pyplot().subplots(1, 2, figsize=(15, 8), sharey=True, layout="constrained")
     for axes, (bits, title) in zip(panels, BITS.items(), strict=True):
         for kind in dict.fromkeys(result.cache.kind for result in shown):
             own = [result.metrics for result in shown if result.cache.kind == kind]
@@ -155,17 +154,16 @@ def plot_quality(results: Sequence[Result], path: Path) -> Path:
     for axes, bits in zip(panels, BITS, strict=True):
         _name_points(axes, [(r.metrics[bits], r.metrics[metric], r.cache) for r in shown])
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    pyplot().close(figure)
     return path
 
 
 def plot_grid(results: Sequence[Result], path: Path) -> Path:
     """A heat map per cache of the first metric of each place: depth over length."""
-    pyplot = _pyplot()
     columns = min(len(results), 4)
     rows = -(-len(results) // columns)
     size = (2.6 * columns + 1, 2.4 * rows + 0.4)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(results) :]:
         axes.set_visible(False)
     for axes, result in zip(grid.flat, results, strict=False):
@@ -174,7 +172,7 @@ def plot_grid(results: Sequence[Result], path: Path) -> Path:
     figure.supylabel("depth")
     figure.colorbar(image, ax=grid, label="found", shrink=0.7)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    pyplot().close(figure)
     return path
 
 
@@ -247,10 +245,11 @@ def _written(name: str, value: float) -> str:
     return (COLUMNS[name][1] if name in COLUMNS else "{:.1%}").format(value)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files."""
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot

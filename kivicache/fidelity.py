@@ -41,10 +41,15 @@ def step_log_probs(model: nn.Module, tokens: Tensor, cache: Cache, prefill: int,
     Returns:
         float32 ``[batch, tokens - prefill - 1, vocabulary]``: position ``i`` predicts ``tokens[:, prefill + 1 + i]``.
     """
-    name = cache_argument(model)
-    model(tokens[:, :prefill], **{name: cache}, logits_to_keep=1)
-    rest = tokens[:, prefill:-1].split(step, dim=1)
-    return torch.cat([model(piece, **{name: cache}).logits.float().log_softmax(-1) for piece in rest], dim=1)
+    model(tokens[:, :prefill], **{cache_argument(model): cache}, logits_to_keep=1)
+    return fed_log_probs(model, tokens[:, prefill:-1], cache, step)
+
+
+@torch.no_grad()
+def fed_log_probs(model: nn.Module, tokens: Tensor, cache: Cache, step: int) -> Tensor:
+    """Log probabilities behind every token ``[batch, tokens]``, ``step`` at a time fed to a cache with a prompt."""
+    pieces = (model(piece, **{cache_argument(model): cache}).logits for piece in tokens.split(step, dim=1))
+    return torch.cat([logits.float().log_softmax(-1) for logits in pieces], dim=1)
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -35,6 +35,7 @@ ORDER = [  # a module imports only from those above it
     "triton.unpack",
     "backends.base",
     "backends.native",
+    "backends.mse",
     "backends.hqq",
     "backends.quanto",
     "backends",
@@ -62,6 +63,11 @@ ORDER = [  # a module imports only from those above it
     "evaluation_report",
     "lm_eval",
     "demo",
+    "objectives",
+    "sensitivity",
+    "search",
+    "tuning",
+    "tuning_report",
     "__main__",
 ]
 

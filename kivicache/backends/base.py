@@ -99,14 +99,19 @@ def _group_last(states: Tensor, group_size: int, axis: str) -> Tensor:
     return states.unflatten(3, (-1, group_size))
 
 
-def import_library(module: str, extra: str) -> Any:
+def import_library(module: str, extra: str, *names: str) -> Any:
     """Import what the backend ``extra`` needs: when one is made, so that ``import kivicache`` stays light.
+
+    ``names`` are what it uses of the module: another version's may lack them.
 
     Raises:
         ImportError: with the command that installs it.
     """
     try:
-        return importlib.import_module(module)
+        library = importlib.import_module(module)
+        if missing := [name for name in names if not hasattr(library, name)]:
+            raise ImportError(f"it has no {missing[0]}")
+        return library
     except ImportError as error:
         raise ImportError(
             f'backend {extra!r} cannot import {module} ({error}); install it with: pip install "kivicache[{extra}]"'

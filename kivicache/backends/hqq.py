@@ -22,7 +22,7 @@ class HQQBackend(LibraryBackend, name="hqq"):
     """
 
     def __init__(self) -> None:
-        self._quantizer = import_library("hqq.core.quantize", extra="hqq").Quantizer
+        self._quantizer = import_library("hqq.core.quantize", "hqq", "Quantizer").Quantizer
 
     def fit(self, rows: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
         # hqq reads back (c - zero) * scale. Its zero counts steps from 0, which overflows float16 for a narrow group

@@ -15,7 +15,7 @@ class QuantoBackend(LibraryBackend, name="quanto"):
     """
 
     def __init__(self) -> None:
-        quanto = import_library("optimum.quanto", extra="quanto")
+        quanto = import_library("optimum.quanto", "quanto", "MaxOptimizer", "qtypes")
         self._optimizer, self._qtypes = quanto.MaxOptimizer(), quanto.qtypes
 
     def fit(self, rows: Tensor, nbits: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,242 @@
+"""The search for bits: pruning, grouping and NSGA-II of KVTuner (arXiv 2502.04420, section 5), warm-started.
+
+Everything here is arithmetic on a [`Profile`] and a loss that the caller brings; no model is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+Assignment = dict[Unit, Choice]
+POPULATION = 20
+_EPSILON = 1e-9  # bits: sums of floats are not exact
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that share one choice.
+
+    Attributes:
+        values: how many values they cache together.
+        bits: choice -> true bits per value.
+        loss: choice -> the sum of the losses where one unit alone is packed.
+    """
+
+    units: tuple[Unit, ...]
+    values: int
+    bits: Mapping[Choice, float]
+    loss: Mapping[Choice, float]
+
+
+def prune(profile: Profile, measure: str = "e_o") -> Profile:
+    """Keep each unit's Pareto front of true bits against ``measure``: what no other choice beats or equals in both."""
+    return {unit: _front(costs, measure) for unit, costs in profile.items()}
+
+
+def _front(costs: Mapping[Choice, Sensitivity], measure: str) -> dict[Choice, Sensitivity]:
+    front: dict[Choice, Sensitivity] = {}
+    best = float("inf")
+    for choice, cost in sorted(costs.items(), key=lambda item: (item[1].bits, getattr(item[1], measure))):
+        if getattr(cost, measure) < best:
+            best = getattr(cost, measure)
+            front[choice] = cost
+    return front
+
+
+def cluster(profile: Profile, groups: int, measure: str = "e_o") -> list[Group]:
+    """Group the units: first by identical candidates, then by the vectors of ``measure`` over these.
+
+    Args:
+        profile: pruned, every ``loss`` measured.
+        groups: at most this many, unless there are more sets of candidates than that.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    by_candidates: dict[frozenset[Choice], list[Unit]] = {}
+    for unit, costs in profile.items():
+        by_candidates.setdefault(frozenset(costs), []).append(unit)
+    found = []
+    for candidates, units in by_candidates.items():
+        wanted = min(max(round(groups * len(units) / len(profile)), 1), len(units))
+        labels = [0] * len(units)
+        if wanted > 1:
+            vectors = [
+                [getattr(profile[unit][choice], measure) for choice in sorted(candidates, key=str)] for unit in units
+            ]
+            labels = AgglomerativeClustering(wanted).fit_predict(vectors)
+        for label in sorted(set(labels)):
+            found.append(_group([u for u, own in zip(units, labels, strict=True) if own == label], profile))
+    return found
+
+
+def _group(units: Sequence[Unit], profile: Profile) -> Group:
+    costs = [profile[unit] for unit in units]
+    values = sum(next(iter(cost.values())).values for cost in costs)
+    bits = {choice: sum(cost[choice].bits * cost[choice].values for cost in costs) / values for choice in costs[0]}
+    loss = {choice: sum(cost[choice].loss or 0.0 for cost in costs) for choice in costs[0]}
+    return Group(tuple(units), values, bits, loss)
+
+
+def average_bits(groups: Sequence[Group], chosen: Sequence[Choice]) -> float:
+    """Mean true bits per value over all units."""
+    total = sum(group.values * group.bits[choice] for group, choice in zip(groups, chosen, strict=True))
+    return total / sum(group.values for group in groups)
+
+
+def fewest(groups: Sequence[Group]) -> list[Choice]:
+    """The choice of fewest bits in every group."""
+    return [min(group.bits, key=lambda choice: (group.bits[choice], group.loss[choice])) for group in groups]
+
+
+def filled(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> tuple[Choice, ...]:
+    """``chosen`` with better choices while any fits under the budget, each time the one that gains most per bit.
+
+    The losses are taken to add up over the groups, which they nearly do while they are small.
+    """
+    now = list(chosen)
+    while True:
+        room = budget - average_bits(groups, now) + _EPSILON
+        gains = [change for change in _changes(groups, now) if change.less_loss > 0 and change.bits <= room]
+        if not gains:
+            return tuple(now)
+        best = max(gains, key=lambda change: change.less_loss / max(change.bits, _EPSILON))
+        now[best.index] = best.choice
+
+
+def repaired(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> tuple[Choice, ...]:
+    """``chosen`` with fewer bits, each time where a bit less costs least, until it fits under the budget."""
+    now = list(chosen)
+    while average_bits(groups, now) > budget + _EPSILON:
+        savings = [change for change in _changes(groups, now) if change.bits < 0]
+        best = min(savings, key=lambda change: change.less_loss / change.bits)
+        now[best.index] = best.choice
+    return tuple(now)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another choice for one group: what it adds to the average bits, and takes from the loss."""
+
+    index: int
+    choice: Choice
+    bits: float
+    less_loss: float
+
+
+def _changes(groups: Sequence[Group], chosen: Sequence[Choice]) -> Iterator[_Change]:
+    values = sum(group.values for group in groups)
+    for index, (group, now) in enumerate(zip(groups, chosen, strict=True)):
+        for choice in group.bits:
+            bits = group.values * (group.bits[choice] - group.bits[now]) / values
+            yield _Change(index, choice, bits, group.loss[now] - group.loss[choice])
+
+
+def seeds(groups: Sequence[Group], budget: float) -> list[tuple[Choice, ...]]:
+    """Where the search starts: up from the fewest bits, down from the most, and the uniform settings that fit."""
+    everywhere = set.intersection(*(set(group.bits) for group in groups))
+    uniform = [(choice,) * len(groups) for choice in sorted(everywhere, key=str)]
+    fitting = [chosen for chosen in uniform if average_bits(groups, chosen) <= budget + _EPSILON]
+    most = [max(group.bits, key=lambda choice: (group.bits[choice], -group.loss[choice])) for group in groups]
+    up = [filled(groups, chosen, budget) for chosen in (fewest(groups), *fitting)]
+    return list(dict.fromkeys([up[0], repaired(groups, most, budget), *up[1:], *fitting]))
+
+
+def search(
+    study: Study,
+    groups: Sequence[Group],
+    loss: Callable[[Assignment], float],
+    budget: float,
+    trials: int,
+    on_trial: Callable[[int, float], object] = lambda done, best: None,
+) -> None:
+    """Run trials until the study, which other processes may work on too, has ``trials`` finished ones.
+
+    What NSGA-II suggests over the budget is repaired before it is measured, and nothing is measured twice. What was
+    measured, each group's choice and the mean bits, stands in the trial's user attributes.
+
+    Raises:
+        ValueError: where even the fewest bits are over the budget.
+    """
+    from optuna.trial import TrialState
+
+    least = average_bits(groups, fewest(groups))
+    if least > budget + _EPSILON:
+        raise ValueError(f"budget: got {budget}; allowed: at least {least:.3f}, the fewest true bits per value")
+
+    def finished() -> list[FrozenTrial]:
+        return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def objective(trial: Trial) -> tuple[float, float]:
+        chosen = repaired(groups, [_suggest(trial, i, group) for i, group in enumerate(groups)], budget)
+        names, bits = [str(choice) for choice in chosen], average_bits(groups, chosen)
+        trial.set_user_attr("chosen", names)
+        known = (other.values[0] for other in finished() if other.user_attrs["chosen"] == names)
+        measured = next(known, None)
+        return loss(expand(groups, chosen)) if measured is None else measured, bits
+
+    if not study.trials:
+        for chosen in seeds(groups, budget):
+            study.enqueue_trial({_name(i): str(choice) for i, choice in enumerate(chosen)}, skip_if_exists=True)
+    while len(finished()) < trials:
+        study.optimize(objective, n_trials=1)
+        on_trial(len(finished()), min(trial.values[0] for trial in finished()))
+
+
+def expand(groups: Sequence[Group], chosen: Sequence[Choice]) -> Assignment:
+    """Every unit's choice."""
+    return {unit: choice for group, choice in zip(groups, chosen, strict=True) for unit in group.units}
+
+
+def best_of(study: Study, groups: Sequence[Group]) -> tuple[list[Choice], float]:
+    """Each group's choice in the finished trial of least loss, and that loss."""
+    best = min((trial for trial in study.get_trials(deepcopy=False) if trial.values), key=lambda trial: trial.values)
+    names = best.user_attrs["chosen"]
+    return [{str(c): c for c in group.bits}[name] for group, name in zip(groups, names, strict=True)], best.values[0]
+
+
+def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -> Study:
+    """A study in a database URL of optuna's, or else in a journal file that processes and machines can share.
+
+    None: in memory.
+
+    Raises:
+        ValueError: where there is such a study already and ``resume`` does not say to go on with it.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    place: Any = storage
+    if storage is not None and "://" not in storage:
+        place = JournalStorage(JournalFileBackend(storage))
+    sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
+    try:
+        return optuna.create_study(
+            storage=place,
+            study_name=name,
+            sampler=sampler,
+            directions=["minimize", "minimize"],
+            load_if_exists=resume,
+        )
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise ValueError(
+            f"storage: {storage} has a study {name!r} already; allowed: resume it, or name another"
+        ) from error
+
+
+def _suggest(trial: Trial, index: int, group: Group) -> Choice:
+    by_name = {str(choice): choice for choice in group.bits}
+    return by_name[trial.suggest_categorical(_name(index), list(by_name))]
+
+
+def _name(index: int) -> str:
+    return f"group_{index:02d}"

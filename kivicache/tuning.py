@@ -1,0 +1,267 @@
+"""[`tune`]: a [`KIVIConfig`] for one model, the best under a budget of true bits (KVTuner, arXiv 2502.04420)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kivicache.config import KIVIConfig
+from kivicache.fidelity import spread_sequences
+from kivicache.models import MissingPackage
+from kivicache.objectives import CachedKL
+from kivicache.search import average_bits, best_of, cluster, expand, open_study, prune, search
+from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit, assigned, choices, profile_errors
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+Objective = Callable[[KIVIConfig], float]
+OnProgress = Callable[[str, int, int, str], object]  # (stage, how much of it is done, of how much, a note)
+DEFAULT_BASE = KIVIConfig(backend="mse")
+STAGES = ("errors by layer", "loss by layer", "uniform settings", "search")
+_FROM_1 = ("trials", "groups", "sequences", "profiled", "prefill", "scored")
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What is searched, and on how much text.
+
+    Attributes:
+        budget: true bits per packed value, scales and minima included, at the most.
+        trials: settings that the search tries.
+        base: every setting that the search does not choose.
+        group_sizes, rotations: those that a layer may choose.
+        per_head: choose for every kv head. Heads choose bits alone; their layer's group size and rotation stay those
+            of ``base``.
+        groups: about as many groups of layers or heads share a choice.
+        sequences, prefill, scored: pieces of text, tokens of each that are prefilled, and tokens scored behind them.
+        profiled: as many pieces are enough to profile the layers, which takes most of the time.
+        seed: of the search.
+    """
+
+    budget: float
+    trials: int = 100
+    base: KIVIConfig = DEFAULT_BASE
+    group_sizes: tuple[int, ...] = (32, 64)
+    rotations: tuple[str | None, ...] = (None, "hadamard")
+    per_head: bool = False
+    groups: int = 12
+    sequences: int = 12
+    profiled: int = 6
+    prefill: int = 512
+    scored: int = 24
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.budget) not in (int, float) or not 2 < self.budget < 16:
+            raise ValueError(f"budget: got {self.budget!r}; allowed: a number of bits between 2 and 16")
+        for name in _FROM_1:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: got {value!r}; allowed: a whole number from 1")
+        for name, field in (("group_sizes", "group_size"), ("rotations", "rotation")):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: at least one {field}")
+            for value in getattr(self, name):
+                KIVIConfig.from_dict({field: value})
+
+    def candidates(self) -> list[Choice]:
+        """What every layer, or every head, may choose."""
+        return choices([None], [None]) if self.per_head else self.uniform()
+
+    def uniform(self) -> list[Choice]:
+        """The settings for all layers alike that the search is to be compared with."""
+        return choices(self.group_sizes, self.rotations)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting that was tried: its true bits per packed value, its loss, and what it was where it is uniform."""
+
+    bits: float
+    loss: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured before the search, whatever its budget."""
+
+    profile: Profile
+    uniform: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a search found: the best config under the budget, with all that led to it."""
+
+    settings: TuningSettings
+    config: KIVIConfig
+    best: Point
+    measured: Measured
+    trials: tuple[Point, ...]
+
+
+def tune(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, budget: float, **options: Any
+) -> KIVIConfig:
+    """The best config for ``model`` under ``budget`` true bits per packed value; see [`run`] for the options.
+
+    ```python
+    config = kivicache.tune(model, tokenizer, texts, budget=3.5)
+    ```
+    """
+    return run(model, tokenizer, texts, budget=budget, **options).config
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    objective: Objective | None = None,
+    storage: str | None = None,
+    study_name: str = "kivicache",
+    resume: bool = False,
+    measured: Measured | None = None,
+    on_progress: OnProgress = lambda stage, done, total, note: None,
+    **settings: Any,
+) -> TuningResult:
+    """Profile the layers, prune and group their choices, and search the groups.
+
+    Args:
+        model, tokenizer: what is tuned.
+        texts: calibration texts, joined and cut into pieces.
+        objective: a config's loss, less is better. Default: KL to full precision in nats per token on ``texts``.
+        storage: a journal file, or a database URL of optuna's, where every trial is kept; None: memory. Several
+            processes or machines may work on one study of one storage, each with the same settings.
+        study_name: of the study there.
+        resume: go on with a study that exists.
+        measured: of another result that differs in budget, trials, groups or seed alone.
+        on_progress: told what is done of each of [`STAGES`].
+        settings: the fields of [`TuningSettings`].
+
+    Raises:
+        ValueError: naming the setting, what was given and what is allowed.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"texts: got the text {texts[:40]!r}; allowed: several texts, such as a list")
+    if missing := [name for name in ("optuna", "sklearn") if find_spec(name) is None]:
+        raise MissingPackage(missing[0], 'pip install "kivicache[tune]"')
+    if unknown := sorted(set(settings) - {field.name for field in fields(TuningSettings)}):
+        allowed = ", ".join(field.name for field in fields(TuningSettings))
+        raise ValueError(f"{unknown[0]}: unknown setting; allowed: {allowed}")
+    chosen = TuningSettings(**settings)
+    study = open_study(storage, study_name, chosen.seed, resume)
+    _claim(study, chosen, model)
+    texts = list(texts)
+    tokens = (calibration(tokenizer, texts, chosen, count) for count in (chosen.sequences, chosen.profiled))
+    whole, part = (CachedKL(model, own.to(model.device), chosen.prefill, chosen.scored) for own in tokens)
+    loss: Objective = objective or whole
+    if measured is None and (measured := _stored(study)) is None:
+        profile = _profile(part, objective or part, chosen, on_progress)
+        measured = Measured(profile, _uniform(whole, loss, chosen, on_progress))
+    measured = _stored(study) or _store(study, measured)
+    groups = cluster(prune(measured.profile), chosen.groups, "loss")
+    search(
+        study,
+        groups,
+        lambda assignment: loss(assigned(chosen.base, assignment)),
+        chosen.budget,
+        chosen.trials,
+        lambda done, best: on_progress(STAGES[3], min(done, chosen.trials), chosen.trials, f"best {best:.5f}"),
+    )
+    found, least = best_of(study, groups)
+    return TuningResult(
+        settings=chosen,
+        config=assigned(chosen.base, expand(groups, found)),
+        best=Point(average_bits(groups, found), least),
+        measured=measured,
+        trials=tuple(Point(t.values[1], t.values[0]) for t in study.get_trials(deepcopy=False) if t.values),
+    )
+
+
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], settings: TuningSettings, sequences: int
+) -> Tensor:
+    """``[sequences, tokens]``: pieces evenly spread over the texts."""
+    tokens = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"])
+    return spread_sequences(tokens, sequences, settings.prefill + settings.scored + 1)
+
+
+def default_texts() -> list[str]:
+    """What every Python carries: its own language reference, as ``help("topics")`` shows it."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _profile(fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress) -> Profile:
+    """The profile, with a loss for every choice that is on its unit's front."""
+    layers, done = len(fidelity.layers), 0
+
+    def on_unit() -> None:
+        nonlocal done
+        done += 1
+        on_progress(STAGES[0], done, layers, "")
+
+    on_progress(STAGES[0], 0, layers, "")
+    profile = profile_errors(fidelity, settings.base, settings.candidates(), settings.per_head, on_unit)
+    exact = KIVIConfig.from_dict(settings.base.to_dict() | {"nbits_key": 16, "nbits_value": 16})
+    fronts = [(unit, choice) for unit, front in prune(profile).items() for choice in front]
+    for count, (unit, choice) in enumerate(fronts, 1):
+        measured = replace(profile[unit][choice], loss=loss(assigned(exact, {unit: choice})))
+        profile[unit][choice] = measured
+        on_progress(STAGES[1], count, len(fronts), "")
+    return profile
+
+
+def _uniform(
+    fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress
+) -> tuple[Point, ...]:
+    points: list[Point] = []
+    for choice in settings.uniform():
+        config = KIVIConfig.from_dict({**settings.base.to_dict(), **choice.settings, "layers": {}, "heads": {}})
+        bits = fidelity.cache(config).memory().packed_bits_per_value
+        points.append(Point(bits, loss(config), str(choice)))
+        on_progress(STAGES[2], len(points), len(settings.uniform()), "")
+    return tuple(points)
+
+
+def _claim(study: Study, settings: TuningSettings, model: PreTrainedModel) -> None:
+    """Mark the study as one of these settings, or refuse to mix it with another's."""
+    mine = {name: str(value) for name, value in asdict(replace(settings, trials=1, seed=0)).items()}
+    mine["model"] = str(model.name_or_path)
+    theirs = study.user_attrs.get("settings", mine)
+    for name, value in mine.items():
+        if theirs[name] != value:
+            raise ValueError(f"{name}: got {value}; allowed: {theirs[name]}, as in the study that is resumed")
+    study.set_user_attr("settings", mine)
+
+
+def _store(study: Study, measured: Measured) -> Measured:
+    """Keep in the study what was measured; an entry per unit, as databases limit the length of one."""
+    for unit, costs in measured.profile.items():
+        study.set_user_attr(f"profile {unit}", [[asdict(choice), asdict(cost)] for choice, cost in costs.items()])
+    study.set_user_attr("uniform", [asdict(point) for point in measured.uniform])
+    study.set_user_attr("units", list(measured.profile))
+    return measured
+
+
+def _stored(study: Study) -> Measured | None:
+    stored = study.user_attrs
+    if "units" not in stored:
+        return None
+    units: list[Unit] = [(layer_idx, head) for layer_idx, head in stored["units"]]
+    uniform = tuple(Point(**point) for point in stored["uniform"])
+    return Measured({unit: _costs(stored[f"profile {unit}"]) for unit in units}, uniform)
+
+
+def _costs(stored: Sequence[Any]) -> dict[Choice, Sensitivity]:
+    return {Choice(**choice): Sensitivity(**cost) for choice, cost in stored}

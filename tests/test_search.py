@@ -1,0 +1,207 @@
+"""Pruning, grouping and the search, on made-up costs, against brute force."""
+
+import itertools
+import random
+
+import pytest
+
+from kivicache.search import (
+    Group,
+    average_bits,
+    best_of,
+    cluster,
+    expand,
+    fewest,
+    filled,
+    open_study,
+    prune,
+    repaired,
+    search,
+    seeds,
+)
+from kivicache.sensitivity import Choice, Sensitivity
+
+CHOICES = [Choice(key, value, 32) for key in (2, 4, 8) for value in (2, 4, 8)]
+
+
+def cost(choice, error, loss=None, values=100):
+    return Sensitivity((choice.nbits_key + choice.nbits_value) / 2 + 1, values, 0.1, 0.1, 0.1, error, loss)
+
+
+def random_groups(count, choices=4):
+    """Groups of different sizes, whose losses fall with the bits in steps of their own."""
+    groups = []
+    for i in range(count):
+        own = random.sample(CHOICES, choices)
+        loss = {choice: random.random() * 2.0 ** -(choice.nbits_key + choice.nbits_value) for choice in own}
+        bits = {choice: cost(choice, 0).bits for choice in own}
+        groups.append(Group(((i, None),), random.choice([100, 200, 300]), bits, loss))
+    return groups
+
+
+def everything(groups, budget):
+    """All settings under the budget."""
+    for chosen in itertools.product(*(group.bits for group in groups)):
+        values = sum(group.values for group in groups)
+        bits = sum(g.values * g.bits[c] for g, c in zip(groups, chosen, strict=True)) / values
+        if bits <= budget + 1e-9:
+            yield chosen
+
+
+def loss_of(groups, chosen):
+    return sum(group.loss[choice] for group, choice in zip(groups, chosen, strict=True))
+
+
+def middle(groups):
+    """A budget that about half of all settings fit."""
+    bits = sorted(average_bits(groups, chosen) for chosen in everything(groups, 99))
+    return bits[len(bits) // 2]
+
+
+def test_prune_keeps_what_no_other_choice_beats():
+    errors = {choice: random.choice([0.1, 0.2, 0.3, 0.4, 0.5]) for choice in CHOICES}
+    costs = {choice: cost(choice, error) for choice, error in errors.items()}
+    [kept] = prune({(0, None): costs}).values()
+    for choice, own in costs.items():
+        beaten = any(
+            other.bits <= own.bits and other.e_o <= own.e_o and (other.bits, other.e_o) != (own.bits, own.e_o)
+            for other in costs.values()
+        )
+        twins = [kept.get(c) for c, other in costs.items() if (other.bits, other.e_o) == (own.bits, own.e_o)]
+        assert sum(twin is not None for twin in twins) == (0 if beaten else 1), choice
+
+
+def test_cluster_finds_planted_groups():
+    kinds = {"low": 0.1, "middle": 1.0, "high": 2.0}
+    planted = {(i, None): random.choice(list(kinds)) for i in range(20)}
+    planted |= {(20 + i, None): kind for i, kind in enumerate(kinds)}
+    profile = {
+        unit: {c: cost(c, 0.1, kinds[kind] * random.uniform(0.95, 1.05) / c.nbits_key) for c in CHOICES}
+        for unit, kind in planted.items()
+    }
+    groups = cluster(profile, 3, "loss")
+    assert sorted(sorted(group.units) for group in groups) == sorted(
+        sorted(unit for unit, own in planted.items() if own == kind) for kind in kinds
+    )
+    for group in groups:
+        assert group.values == 100 * len(group.units)
+        for choice in CHOICES:
+            assert group.loss[choice] == pytest.approx(sum(profile[unit][choice].loss for unit in group.units))
+
+
+def test_cluster_never_mixes_units_of_different_candidates():
+    profile = {
+        (i, None): {choice: cost(choice, 0.1, random.random()) for choice in CHOICES[: 3 + i % 2]} for i in range(8)
+    }
+    groups = cluster(profile, 2, "loss")
+    assert len(groups) == 2
+    assert [len({unit[0] % 2 for unit in group.units}) for group in groups] == [1, 1]
+
+
+def test_a_group_weighs_as_many_values_as_its_units_cache():
+    few, many = cost(CHOICES[0], 0.1, 0.5, values=10), cost(CHOICES[-1], 0.1, 0.5, values=90)
+    groups = cluster({(0, None): {CHOICES[0]: few}, (1, None): {CHOICES[-1]: many}}, 2, "loss")
+    assert average_bits(groups, fewest(groups)) == pytest.approx((10 * few.bits + 90 * many.bits) / 100)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_filled_leaves_no_single_gain_that_fits(count):
+    groups = random_groups(count)
+    budget = middle(groups)
+    result = filled(groups, fewest(groups), budget)
+    assert average_bits(groups, result) <= budget + 1e-9
+    for other in everything(groups, budget):
+        if sum(a != b for a, b in zip(other, result, strict=True)) == 1:
+            assert loss_of(groups, other) >= loss_of(groups, result)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_repaired_fits_and_leaves_alone_what_fits(count):
+    groups = random_groups(count)
+    budget = middle(groups)
+    for chosen in itertools.product(*(group.bits for group in groups)):
+        result = repaired(groups, chosen, budget)
+        assert average_bits(groups, result) <= budget + 1e-9
+        if average_bits(groups, chosen) <= budget:
+            assert result == chosen
+        else:
+            assert average_bits(groups, result) < average_bits(groups, chosen)
+
+
+def test_the_uniform_settings_that_fit_are_among_the_seeds():
+    groups = [
+        Group(((i, None),), 1, {c: cost(c, 0).bits for c in CHOICES}, dict.fromkeys(CHOICES, 0.0)) for i in range(3)
+    ]
+    budget = 4.0
+    fitting = {(choice,) * 3 for choice in CHOICES if cost(choice, 0).bits <= budget}
+    assert fitting and fitting <= set(seeds(groups, budget))
+    assert all(average_bits(groups, chosen) <= budget for chosen in seeds(groups, budget))
+
+
+def interacting(groups):
+    """A loss that does not add up: some pairs of choices are worse, or better, together."""
+    extra = {}
+
+    def loss(chosen):
+        together = 0.0
+        for pair in itertools.combinations(enumerate(chosen), 2):
+            together += extra.setdefault(pair, random.uniform(-0.3, 0.3))
+        return loss_of(groups, chosen) * (1.5 + together)
+
+    return loss
+
+
+def test_search_comes_near_to_what_trying_everything_finds():
+    groups = random_groups(4)
+    budget, loss = middle(groups), interacting(groups)
+    allowed, tried = list(everything(groups, budget)), []
+
+    def measured(assignment):
+        chosen = tuple(assignment[group.units[0]] for group in groups)
+        tried.append(chosen)
+        return loss(chosen)
+
+    study = open_study(None, "study", seed=random.randrange(1000), resume=False)
+    search(study, groups, measured, budget, trials=200)
+    found, least = best_of(study, groups)
+    assert set(tried) <= set(allowed)
+    assert len(tried) == len(set(tried))  # nothing is measured twice
+    assert loss(tuple(found)) == least
+    assert least <= min(map(loss, seeds(groups, budget)))
+    assert least <= sorted(map(loss, allowed))[len(allowed) // 30]  # nearly the best of all, which the seeds are not
+
+
+def test_search_says_which_budget_is_too_small():
+    groups = random_groups(2)
+    least = average_bits(groups, fewest(groups))
+    with pytest.raises(ValueError, match=rf"budget: got {least - 0.01}; allowed: at least {least:.3f}"):
+        search(open_study(None, "s", 0, False), groups, lambda _: 0.0, least - 0.01, 5)
+
+
+def test_a_study_goes_on_only_where_it_is_resumed(tmp_path):
+    groups, storage = random_groups(3), str(tmp_path / "trials.journal")
+    budget, calls = middle(groups), []
+
+    def loss(assignment):
+        calls.append(tuple(assignment.values()))
+        return random.random()
+
+    search(open_study(storage, "mine", 0, resume=False), groups, loss, budget, trials=6)
+    with pytest.raises(ValueError, match=r"storage: .*trials.journal has a study 'mine' already"):
+        open_study(storage, "mine", 0, resume=False)
+    resumed, before = open_study(storage, "mine", 1, resume=True), list(calls)
+    search(resumed, groups, loss, budget, trials=6)
+    assert calls == before  # all its trials are there
+    search(resumed, groups, loss, budget, trials=9)
+    assert len(calls) == len(set(calls))
+    assert len([trial for trial in resumed.trials if trial.values]) == 9
+
+
+def test_expand_gives_every_unit_the_choice_of_its_group():
+    groups = [Group(((0, None), (2, None)), 2, {}, {}), Group(((1, 0), (1, 1)), 2, {}, {})]
+    assert expand(groups, CHOICES[:2]) == {
+        (0, None): CHOICES[0],
+        (2, None): CHOICES[0],
+        (1, 0): CHOICES[1],
+        (1, 1): CHOICES[1],
+    }

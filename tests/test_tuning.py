@@ -1,0 +1,235 @@
+"""The tuner from end to end, on a tiny random model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+import kivicache
+from kivicache import KIVICache, KIVIConfig, tuning
+from kivicache.__main__ import main
+from kivicache.fidelity import cache_argument
+from kivicache.objectives import CachedKL
+from kivicache.search import prune
+from kivicache.tuning_report import front, plot_front, plot_sensitivity, render_tuning, tuned_choices
+from tests.tiny import VOCAB, tiny_llama, word_tokenizer
+
+BASE = KIVIConfig(residual_length=16, sink_length=4, backend="mse")
+SMALL = {
+    "base": BASE,
+    "group_sizes": (8, 16),
+    "trials": 12,
+    "groups": 3,
+    "sequences": 2,
+    "profiled": 1,
+    "prefill": 84,
+    "scored": 8,
+}
+
+
+def words(count):
+    return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (count,)).tolist())
+
+
+def run(model=None, texts=None, budget=6.0, **options):
+    model = model or tiny_llama(layers=3)
+    return tuning.run(model, word_tokenizer(), texts or [words(300)], budget=budget, **SMALL | options)
+
+
+class Counted:
+    """A loss that counts how often it is asked, and about what."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, config):
+        self.asked.append(config.to_yaml())
+        return sum(32 - layer.nbits_key - layer.nbits_value for layer in map(config.layer, range(3)))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_result_keeps_the_budget_in_a_real_cache_and_its_loss_is_true(per_head):
+    model, texts = tiny_llama(layers=3), [words(150), words(150)]
+    result = run(model, texts, per_head=per_head)
+    cache = KIVICache(result.config, config=model.config)
+    tokens = tuning.calibration(word_tokenizer(), texts, result.settings, 2)
+    with torch.no_grad():
+        model(tokens[:, :84], **{cache_argument(model): cache})
+    assert cache.memory().packed_bits_per_value == pytest.approx(result.best.bits)
+    assert result.best.bits <= 6.0
+    assert result.best.loss == pytest.approx(CachedKL(model, tokens, 84, 8)(result.config), rel=1e-4)
+    assert result.best.loss <= min(point.loss for point in result.trials)
+    assert KIVIConfig.from_dict(result.config.to_dict()) == result.config
+    assert all(result.config.layer(i).sink_length == 4 for i in range(3))  # what is not searched is the base's
+    assert len(tuned_choices(result)) == (6 if per_head else 3)
+
+
+def test_no_uniform_setting_of_its_bits_is_better():
+    result = run(trials=40)
+    fronts = [{str(choice) for choice in front} for front in prune(result.measured.profile).values()]
+    tried = [p for p in result.measured.uniform if p.bits <= 6.0 and all(p.label in front for front in fronts)]
+    assert tried and result.best.loss <= min(point.loss for point in tried)
+
+
+def test_any_callable_is_an_objective():
+    loss = Counted()
+    result = run(objective=loss, rotations=(None,), group_sizes=(8,), budget=9.0)
+    assert result.config.to_yaml() in loss.asked
+    assert result.best.loss == loss(result.config)
+    chosen = [result.config.layer(i) for i in range(3)]
+    # 32 / 8 bits are the scales', so a layer can spend 5 bits more than K2V2, wherever: sums of 10 to a layer
+    assert sum(layer.nbits_key + layer.nbits_value for layer in chosen) == 30
+
+
+def test_tune_gives_the_config():
+    texts, model = [words(300)], tiny_llama()
+    config = kivicache.tune(model, word_tokenizer(), texts, budget=6.0, **SMALL)
+    assert config == run(model, texts).config
+    assert isinstance(config, KIVIConfig) and set(config.layers) == {0, 1}
+
+
+def test_resume_goes_on_and_repeats_nothing(tmp_path):
+    texts, storage = [words(300)], str(tmp_path / "journal")
+    loss = Counted()
+    first = run(texts=texts, storage=storage, objective=loss, trials=5)
+    asked = len(loss.asked)
+    again = run(texts=texts, storage=storage, objective=loss, trials=5, resume=True)
+    assert len(loss.asked) == asked
+    assert (again.config, again.best, again.measured) == (first.config, first.best, first.measured)
+    more = run(texts=texts, storage=storage, objective=loss, trials=9, resume=True)
+    assert asked <= len(loss.asked) <= asked + 4
+    assert len(more.trials) == 9 and more.best.loss <= first.best.loss
+
+
+@pytest.mark.parametrize(("name", "value"), [("budget", 5.5), ("per_head", True), ("prefill", 60)])
+def test_a_study_of_other_settings_is_not_resumed(tmp_path, name, value):
+    storage = str(tmp_path / "journal")
+    run(storage=storage, objective=Counted(), trials=1)
+    with pytest.raises(ValueError, match=rf"{name}: got {value}; allowed: .*, as in the study that is resumed"):
+        run(storage=storage, objective=Counted(), resume=True, **{name: value})
+
+
+def test_what_was_measured_serves_another_budget():
+    texts, loss = [words(300)], Counted()
+    first = run(texts=texts, objective=loss)
+    asked = len(loss.asked)
+    second = run(texts=texts, objective=loss, budget=8.0, measured=first.measured)
+    assert len(loss.asked) - asked <= 12
+    assert 6.0 < second.best.bits <= 8.0 and second.best.loss < first.best.loss
+
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.test_tuning import run
+run(texts=[sys.argv[1]], storage=sys.argv[2], seed=int(sys.argv[3]), trials=40, resume=True)
+"""
+
+
+def test_two_worker_processes_share_one_study(tmp_path):
+    texts, storage = words(300), str(tmp_path / "journal")
+    run(texts=[texts], storage=storage, trials=1)
+    command = [sys.executable, "-c", WORKER, texts, storage]
+    workers = [subprocess.Popen([*command, str(seed)]) for seed in (1, 2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    result = run(texts=[texts], storage=storage, trials=40, resume=True)
+    assert 40 <= len(result.trials) <= 41  # each worker may have had one on the way
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+    created = [line["worker_id"] for line in lines if line["op_code"] == 4]
+    finished = {worker: created.count(worker) for worker in created}
+    assert len(finished) == 3 and sorted(finished.values())[1] > 1, finished  # both workers did their part
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 1.5}, "budget: got 1.5; allowed: a number of bits between 2 and 16"),
+        ({"budget": "3"}, "budget: got '3'; allowed"),
+        ({"budget": 2.5}, r"budget: got 2.5; allowed: at least 4.000, the fewest true bits"),
+        ({"trials": 0}, "trials: got 0; allowed: a whole number from 1"),
+        ({"groups": 1.5}, "groups: got 1.5; allowed: a whole number from 1"),
+        ({"group_sizes": (0,)}, "group_size: got 0; allowed"),
+        ({"group_sizes": ()}, r"group_sizes: got \(\); allowed: at least one group_size"),
+        ({"rotations": ("givens",)}, "rotation: got 'givens'; allowed: None, 'hadamard'"),
+        ({"bits": 3}, "bits: unknown setting; allowed: budget, trials"),
+        ({"sequences": 50}, "text: got 300 tokens; allowed: at least 4650"),
+        ({"texts": "one text"}, r"texts: got the text 'one text'; allowed: several texts"),
+    ],
+)
+def test_bad_input_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**{"objective": Counted(), **options})
+
+
+def test_a_missing_library_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(tuning, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r'optuna is not installed; install it with: pip install "kivicache\[tune\]"'
+    ):
+        run()
+
+
+def test_front_is_what_no_point_beats():
+    points = [tuning.Point(b, x) for b, x in torch.rand(40, 2).tolist()]
+    expected = {p for p in points if not any(q.bits <= p.bits and q.loss <= p.loss and q != p for q in points)}
+    kept = front(points)
+    assert set(kept) == expected and kept == sorted(kept, key=lambda point: point.bits)
+
+
+def test_table_and_pictures_show_the_result(tmp_path, capsys):
+    result = run()
+    render_tuning(result, Console(width=120, highlight=False, markup=False))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    [tuned] = [line for line in lines if line.startswith("tuned")]
+    assert tuned.split()[1:] == [f"{result.best.bits:.3f}", f"{result.best.loss:.5f}"]
+    shown = {line.rsplit(maxsplit=3)[0].strip() for line in lines if line.startswith("K")}
+    assert shown == {point.label for point in result.measured.uniform if point.bits <= result.best.bits + 1}
+    for plot in (plot_front, plot_sensitivity):
+        assert plot(result, tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(words(6500))
+    BASE.to_yaml(tmp_path / "base.yaml")
+    return tmp_path
+
+
+def command(folder, *more):
+    given = {"--model": "model", "--text": "text.txt", "--config": "base.yaml", "--out": "best.yaml"}
+    paths = [word for name, file in given.items() for word in (name, str(folder / file))]
+    return ["tune", *paths, "--budget", "6", "--group-sizes", "8", "--rotations", "none", *more]
+
+
+def test_command_from_end_to_end(folder, capsys):
+    assert main(command(folder, "--trials", "3")) == 0
+    output = capsys.readouterr().out
+    assert "tuned" in output and "taken: " in output
+    config = KIVIConfig.from_yaml(folder / "best.yaml")
+    assert set(config.layers) == {0, 1} and config.sink_length == 4
+    for name in ("front", "sensitivity"):
+        assert (folder / f"best.{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert main(command(folder, "--trials", "3")) == 2
+    assert "has a study 'kivicache' already; allowed: resume it" in capsys.readouterr().err
+    assert main(command(folder, "--trials", "4", "--resume")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--budget", "1"], "budget: got 1.0; allowed: a number of bits between 2 and 16"),
+        (["--text", "nowhere.txt"], "--text: nowhere.txt: no such file"),
+        (["--task", "fidelity"], "task: got 'fidelity'; allowed: a task with right answers"),
+        (["--group-sizes", "0"], "group_size: got 0"),
+        (["--config", "nowhere.yaml"], "--config: nowhere.yaml"),
+    ],
+)
+def test_command_refuses_bad_input(folder, more, message, capsys):
+    assert main(command(folder, *more)) == 2
+    assert message in capsys.readouterr().err
