@@ -261,7 +261,7 @@ def _tune(args: argparse.Namespace) -> int:
     settings = {
         "budget": args.budget,
         "trials": args.trials,
-        "base": tuning.DEFAULT_BASE if args.config is None else _config(args),
+        "base": tuning.DEFAULT_BASE if args.config is None else _config_file(args.config),
         "group_sizes": tuple(args.group_sizes),
         "rotations": tuple(None if name == "none" else name for name in args.rotations),
         "per_head": args.per_head,
@@ -327,12 +327,14 @@ def _add_config(parser: _Parser) -> None:
 def _config(args: argparse.Namespace) -> KIVIConfig:
     if args.preset is not None:
         return KIVIConfig.preset(args.preset)
-    if args.config is None:
-        return KIVIConfig(nbits=args.nbits)
+    return KIVIConfig(nbits=args.nbits) if args.config is None else _config_file(args.config)
+
+
+def _config_file(path: str) -> KIVIConfig:
     try:
-        return KIVIConfig.from_yaml(args.config)
+        return KIVIConfig.from_yaml(path)
     except OSError as error:
-        raise ValueError(f"--config: {args.config}: {error.strerror}") from error
+        raise ValueError(f"--config: {path}: {error.strerror}") from error
 
 
 def _device(name: str | None) -> torch.device:

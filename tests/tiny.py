@@ -10,8 +10,11 @@ VOCAB = 100
 
 
 @functools.cache
-def tiny_llama(layers=2, heads=4, kv_heads=2, head_dim=16, seed=0, attention="sdpa"):
-    """A random Llama in eval mode. Its greedy tokens vary: the weights are larger than an initialization's."""
+def tiny_llama(layers=2, heads=4, kv_heads=2, head_dim=16, seed=0, attention="sdpa", initializer_range=0.3):
+    """A random Llama in eval mode. Its greedy tokens vary: the weights are larger than an initialization's.
+
+    A wide model needs smaller ones, or the last bit of any rounding decides its tokens.
+    """
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -22,7 +25,7 @@ def tiny_llama(layers=2, heads=4, kv_heads=2, head_dim=16, seed=0, attention="sd
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        initializer_range=0.3,
+        initializer_range=initializer_range,
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=0,
