@@ -192,7 +192,7 @@ def compile_combine(target):
 
     shape = {"ROWS": 4, "D": 80, "BLOCK_D": 128, "ROTATION_BLOCK": 16}
     pointers = pointer_types(combine_kernel, "*bf16")
-    compile_kernel(combine_kernel, target, pointers, shape | {"BLOCK_S": 16, "AUX": True}, num_warps=4)
+    compile_kernel(combine_kernel, target, pointers, shape | {"BLOCK_S": 32, "AUX": True}, num_warps=4)
     shape.pop("ROWS")
     compile_kernel(rotate_kernel, target, pointer_types(rotate_kernel, "*bf16"), shape | {"BLOCK_R": 4}, num_warps=1)
 

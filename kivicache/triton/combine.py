@@ -13,7 +13,7 @@ from kivicache.rotation import rotation_block
 from kivicache.triton.launch import Launcher
 from kivicache.triton.rotate import hadamard_rows
 
-BLOCK_S = 16  # splits at a time; few enough for a row of 256 channels, and the same whatever the length
+TILE = 4096  # values at a time: splits x channels, 32 of them in a thread's registers
 
 
 @triton.jit(do_not_specialize=["n_splits", "n_exact"], do_not_specialize_on_alignment=["lse_ptr", "aux_ptr"])
@@ -102,6 +102,7 @@ def combine_splits(
 def _launcher(
     kv_heads: int, query_length: int, rows: int, width: int, aux: bool, rotated: bool, whole: bool
 ) -> Launcher:
+    block_d = triton.next_power_of_2(width) if whole else 32
     constants = {
         "H": kv_heads,
         "Q": query_length,
@@ -109,7 +110,7 @@ def _launcher(
         "D": width,
         "AUX": aux,
         "ROTATION_BLOCK": rotation_block(width) if rotated else 0,
-        "BLOCK_S": BLOCK_S,
-        "BLOCK_D": triton.next_power_of_2(width) if whole else 32,
+        "BLOCK_S": TILE // block_d,
+        "BLOCK_D": block_d,
     }
     return Launcher(combine_kernel, constants, num_warps=4)
