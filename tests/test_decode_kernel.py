@@ -288,6 +288,20 @@ def quiet(problem, side, states):
     return states
 
 
+def silent(problem, side, states):
+    """Queries that are all zero, as of a token whose embedding is (the padding token's), and next to nothing."""
+    problem.query[:, 0] = 0
+    problem.query[:, 1] *= 2.0**-20 if problem.query.dtype == torch.float16 else 2.0**-126
+    return states
+
+
+@pytest.mark.parametrize("nbits", [(2, 2), (4, 4), (8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_queries_of_zero(nbits, dtype):
+    problem = Problem(nbits=nbits, dtype=dtype, heads=(3, 1), magnitude=silent)
+    assert problem.error(fast=False, splits=2) <= TOLERANCE[dtype]
+
+
 # The same on a GPU, with sizes that fill it. `fast=None` is the library's own choice.
 
 
@@ -350,6 +364,14 @@ def test_gpu_large_magnitudes(nbits, dtype, additive):
     problem = Problem(nbits, 128, (4, 4), packed=(1024, 1024), dtype=dtype, magnitude=large)
     if additive:  # another path in the kernel, the same result
         problem.mask = torch.zeros(1, 1, 1, 1024 + 20, dtype=dtype, device=DEVICE)
+    assert problem.error(fast=True) <= FAST_TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nbits", [(2, 2), (4, 4), (8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gpu_queries_of_zero(nbits, dtype):
+    problem = Problem(nbits, 128, (3, 1), packed=(1024, 1024), dtype=dtype, magnitude=silent)
     assert problem.error(fast=True) <= FAST_TOLERANCE[dtype]
 
 
