@@ -24,7 +24,7 @@ def plot(table: Path) -> None:
     axes.bar_label(bars, [f"{speedup:.2f}x" for speedup in speedups], padding=4)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as PyTorch's best 16-bit attention, {machine}")
+    axes.set_xlabel(f"times as fast as PyTorch's best 16-bit attention, {machine}", loc="right")
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
