@@ -35,10 +35,11 @@ class Launcher:
         kind: Hashable,
     ) -> None:
         """Launch on the current device and stream; ``kind`` tells the device and the dtypes of the pointers apart."""
-        compiled = self._compiled.get(kind)
+        key = kind, max(numbers) < 2**31  # of larger numbers Triton makes 64-bit parameters
+        compiled = self._compiled.get(key)
         if compiled is None:
             tensors = (x.read() if isinstance(x, TokenBuffer) else x for x in pointers)
             # nothing is compiled where the interpreter runs
-            self._compiled[kind] = self.kernel[grid](*tensors, *numbers, **self.constants, **self.options)
+            self._compiled[key] = self.kernel[grid](*tensors, *numbers, **self.constants, **self.options)
         else:
             compiled[grid](*[x.data_ptr() for x in pointers], *numbers, *self._values)
