@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from kivicache.cache import KIVICache
 from kivicache.config import KIVIConfig
+from kivicache.fidelity import cache_argument
 from kivicache.fixed import FixedKIVILayer
 from kivicache.layer import KIVILayer
-from kivicache.memory import format_bytes, held_by
+from kivicache.memory import format_bytes
 
 _META = torch.device("meta")
 _LONGEST = 2**40  # tokens: beyond any memory
+# whose bytes follow from the shape of a token; of these classes exactly, as others keep more
+_LAYERS = (KIVILayer, FixedKIVILayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -27,40 +37,45 @@ class Estimate:
 
     Attributes:
         batch, context: sequences, and tokens of each, prompt and answer together.
+        dtype: of the model, as the config says ("bfloat16" where it says nothing).
         weights: parameters and buffers of the model.
         cache: the [`KIVICache`], room for more tokens included, as ``memory().total``.
-        sixteen_bit: a ``DynamicCache`` of the model's dtype.
+        full_precision: a ``DynamicCache`` of this dtype.
         gpu_memory: what there is, or None. The rest is what fits into it with the weights, 0 where they do not:
         largest_batch, largest_context: of the KIVICache, at this context, at this batch.
-        largest_batch_sixteen_bit, largest_context_sixteen_bit: of the ``DynamicCache``.
+        largest_batch_full_precision, largest_context_full_precision: of the ``DynamicCache``.
     """
 
     batch: int
     context: int
+    dtype: str
     weights: int
     cache: int
-    sixteen_bit: int
+    full_precision: int
     gpu_memory: int | None = None
     largest_batch: int | None = None
-    largest_batch_sixteen_bit: int | None = None
+    largest_batch_full_precision: int | None = None
     largest_context: int | None = None
-    largest_context_sixteen_bit: int | None = None
+    largest_context_full_precision: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """(label, text) rows, for a table."""
         rows = [
             ("weights", format_bytes(self.weights)),
-            (f"cache in 16 bits, {self.batch} x {self.context:,} tokens", format_bytes(self.sixteen_bit)),
+            (f"cache in {self.dtype}, {self.batch} x {self.context:,} tokens", format_bytes(self.full_precision)),
             (
                 f"KIVICache, {self.batch} x {self.context:,} tokens",
-                f"{format_bytes(self.cache)} ({self.sixteen_bit / self.cache:.2f}x smaller)",
+                f"{format_bytes(self.cache)} ({self.full_precision / self.cache:.2f}x smaller)",
             ),
         ]
         if self.gpu_memory is not None:
             rows += [
-                (f"largest batch in {format_bytes(self.gpu_memory)}, 16 bits", f"{self.largest_batch_sixteen_bit:,}"),
+                (
+                    f"largest batch in {format_bytes(self.gpu_memory)}, {self.dtype}",
+                    f"{self.largest_batch_full_precision:,}",
+                ),
                 ("largest batch, KIVICache", f"{self.largest_batch:,}"),
-                ("longest context, 16 bits", f"{self.largest_context_sixteen_bit:,} tokens"),
+                (f"longest context, {self.dtype}", f"{self.largest_context_full_precision:,} tokens"),
                 ("longest context, KIVICache", f"{self.largest_context:,} tokens"),
             ]
         return rows
@@ -86,89 +101,115 @@ def estimate(
         fixed: of fixed capacity, ``KIVICache(max_cache_len=context)``.
 
     Raises:
-        ValueError: for a model that cannot be found, or whose cache is not plain keys and values.
+        ValueError: for a model that cannot be found, or whose cache is more than plain keys and values.
     """
+    for name, value in (("context", context), ("batch", batch)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: got {value!r}; allowed: a whole number from 1")
     config = model if isinstance(model, PreTrainedConfig) else _load_config(model)
     cfg = KIVIConfig() if cfg is None else cfg
+    shell = _shell(config)
+    token, weights = _one_token(shell), weight_bytes(shell)
 
     def packed(context: int) -> int:
-        return cache_bytes(config, cfg, context, fixed)
+        return cache_bytes(config, token, cfg, context, fixed)
 
-    def sixteen_bit(context: int) -> int:
-        return cache_bytes(config, None, context)
+    def full(context: int) -> int:
+        return cache_bytes(config, token, None, context)
 
-    cache, dynamic = batch * packed(context), batch * sixteen_bit(context)
-    weights = weight_bytes(config)
-    found = Estimate(batch, context, weights, cache, dynamic)
+    found = Estimate(
+        batch,
+        context,
+        str(shell.dtype).removeprefix("torch."),
+        weights,
+        batch * packed(context),
+        batch * full(context),
+    )
     if gpu_memory is None:
         return found
     room = max(gpu_memory - weights, 0)
-    return Estimate(
-        batch,
-        context,
-        weights,
-        found.cache,
-        found.sixteen_bit,
-        gpu_memory,
+    return replace(
+        found,
+        gpu_memory=gpu_memory,
         largest_batch=room // packed(context),
-        largest_batch_sixteen_bit=room // sixteen_bit(context),
+        largest_batch_full_precision=room // full(context),
         largest_context=_largest(lambda tokens: batch * packed(tokens) <= room),
-        largest_context_sixteen_bit=_largest(lambda tokens: batch * sixteen_bit(tokens) <= room),
+        largest_context_full_precision=_largest(lambda tokens: batch * full(tokens) <= room),
     )
 
 
-def weight_bytes(config: PreTrainedConfig) -> int:
-    """Bytes of the parameters and buffers of a model with this config, in the config's dtype."""
-    with _META:
-        model = AutoModelForCausalLM.from_config(config, dtype=_dtype(config))
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def cache_bytes(config: PreTrainedConfig, cfg: KIVIConfig | None, context: int, fixed: bool = False) -> int:
-    """Bytes of the cache of one sequence after a prompt of ``context - 1`` tokens and one step; cfg None: 16 bits."""
-    config = config.get_text_config(decoder=True)
+def cache_bytes(
+    config: PreTrainedConfig, token: Sequence[Any], cfg: KIVIConfig | None, context: int, fixed: bool = False
+) -> int:
+    """Bytes of the cache of one sequence after a prompt of ``context - 1`` tokens and one step.
+
+    Args:
+        token: the layers of a ``DynamicCache`` that holds one token, on the meta device.
+        cfg: None: a ``DynamicCache``.
+    """
     if cfg is None:
         layers = DynamicCache(config=config).layers
     else:
         layers = KIVICache(cfg, config=config, max_cache_len=context if fixed else None).layers
-    states = _states(config)
     known: dict[Any, int] = {}
     total = 0
-    for layer in layers:
+    for layer, held in zip(layers, token, strict=True):
+        if type(layer).__name__ == "DummyLayer":  # only newer transformers have it
+            continue
+        if type(layer) not in _LAYERS:
+            raise ValueError(f"model: has a {type(layer).__name__}, whose size its config does not tell")
         # layers alike are counted once
-        kind = type(layer), repr(getattr(layer, "config", None)), getattr(layer, "sliding_window", None)
+        window, shapes = getattr(layer, "sliding_window", None), (held.keys.shape, held.values.shape)
+        kind = type(layer), repr(getattr(layer, "config", None)), window, shapes
         if kind not in known:
-            known[kind] = _layer_bytes(layer, states, context)
+            known[kind] = _layer_bytes(layer, held.keys, held.values, context)
         total += known[kind]
     return total
 
 
-def _layer_bytes(layer: Any, states: Tensor, context: int) -> int:
+def _layer_bytes(layer: Any, keys: Tensor, values: Tensor, context: int) -> int:
     """Bytes of one layer that holds ``context`` tokens, from the very buffers it makes, on the meta device."""
     if isinstance(layer, FixedKIVILayer):
-        layer.lazy_initialization(states, states)
+        layer.lazy_initialization(keys, values)
         return layer.allocated_nbytes
     if isinstance(layer, KIVILayer):
-        layer.pretend(states, context)
+        if keys.shape != values.shape:
+            raise ValueError(
+                f"model: its keys are {keys.shape[-1]} wide, its values {values.shape[-1]}; allowed: alike"
+            )
+        layer.pretend(keys, context)
         return layer.memory().total
-    if type(layer).__name__ == "DummyLayer":  # only newer transformers have it
-        return 0
-    if not isinstance(layer, (DynamicLayer, StaticLayer)):
-        raise ValueError(f"model: has a {type(layer).__name__}, whose size its config does not tell")
     for tokens in (context - 1, 1):
         if tokens:
-            layer.update(*(2 * [states.expand(-1, -1, tokens, -1)]))
-    return held_by(layer).full_precision
+            layer.update(*(states.expand(-1, -1, tokens, -1) for states in (keys, values)))
+    return sum(states.untyped_storage().nbytes() for states in (layer.keys, layer.values))
 
 
-def _states(config: PreTrainedConfig) -> Tensor:
-    """Keys, or values, of one token of one sequence, on the meta device."""
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError("model: caches latents (multi-head latent attention), whose size differs between versions")
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return torch.empty(1, kv_heads, 1, head_dim, dtype=_dtype(config), device=_META)
+def _shell(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of this config on the meta device, where nothing takes memory."""
+    with _META:
+        model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=_dtype(config))
+    model.set_experts_implementation("batched_mm")  # the way through experts that does not depend on the tokens
+    return model.eval()
+
+
+@torch.no_grad()
+def _one_token(shell: PreTrainedModel) -> Sequence[Any]:
+    """The layers of a ``DynamicCache`` that holds one token: what a model caches, its config alone does not say."""
+    cache = DynamicCache(config=shell.config)
+    try:
+        shell(torch.ones(1, 1, dtype=torch.long, device=_META), **{cache_argument(shell): cache})
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: what a {shell.config.model_type} caches cannot be seen without its weights; allowed: a model "
+            f"that runs on the meta device ({str(error).splitlines()[0]})"
+        ) from error
+    return cache.layers
 
 
 def _dtype(config: PreTrainedConfig) -> torch.dtype:

@@ -6,6 +6,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is first imported, by whomever
 torch.set_num_threads(1)  # the tensors are tiny, and the workers of pytest-xdist share the cores
+with torch.device("meta"):
+    torch.empty(0)  # from now on such a context knows the true torch.empty, which the fixture below replaces
 
 
 def pytest_collection_modifyitems(items):
