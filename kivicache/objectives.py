@@ -92,7 +92,7 @@ class TaskErrors:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task):
         if task.needs_exact:
             raise ValueError(f"task: got {task.label!r}; allowed: a task with right answers, such as gsm8k:data=FILE")
-        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.model, self.tokenizer, self.task, self.name = model, tokenizer, task, str(task)
 
     def __call__(self, config: KIVIConfig) -> float:
         spec = CacheSpec("candidate", "kivi", config.to_dict())

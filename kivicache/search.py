@@ -5,6 +5,7 @@ Everything here is arithmetic on a [`Profile`] and a loss that the caller brings
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -163,13 +164,11 @@ def search(
     measured, each group's choice and the mean bits, stands in the trial's user attributes.
 
     Raises:
-        ValueError: where even the fewest bits are over the budget.
+        ValueError: where even the fewest bits are over the budget, or a loss is no finite number.
     """
     from optuna.trial import TrialState
 
-    least = average_bits(groups, fewest(groups))
-    if least > budget + _EPSILON:
-        raise ValueError(f"budget: got {budget}; allowed: at least {least:.3f}, the fewest true bits per value")
+    check_budget(budget, average_bits(groups, fewest(groups)))
 
     def finished() -> list[FrozenTrial]:
         return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -180,14 +179,31 @@ def search(
         trial.set_user_attr("chosen", names)
         known = (other.values[0] for other in finished() if other.user_attrs["chosen"] == names)
         measured = next(known, None)
-        return loss(expand(groups, chosen)) if measured is None else measured, bits
+        return finite(loss(expand(groups, chosen))) if measured is None else measured, bits
 
-    if not study.trials:
-        for chosen in seeds(groups, budget):
-            study.enqueue_trial({_name(i): str(choice) for i, choice in enumerate(chosen)}, skip_if_exists=True)
+    # what a run had begun when it was stopped has failed, or seems to run for ever: it is tried again
+    there = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.WAITING))
+    queued = [trial.user_attrs.get("chosen") for trial in there]
+    for chosen in seeds(groups, budget):
+        names = [str(choice) for choice in chosen]
+        if names not in queued:
+            study.enqueue_trial({_name(i): name for i, name in enumerate(names)}, user_attrs={"chosen": names})
     while len(finished()) < trials:
         study.optimize(objective, n_trials=1)
         on_trial(len(finished()), min(trial.values[0] for trial in finished()))
+
+
+def check_budget(budget: float, least: float) -> None:
+    """Refuse a budget below the fewest true bits that there are."""
+    if least > budget + _EPSILON:
+        raise ValueError(f"budget: got {budget}; allowed: at least {least:.3f}, the fewest true bits per value")
+
+
+def finite(loss: float) -> float:
+    """The loss, or an error where it is no number that can be compared."""
+    if not math.isfinite(loss):
+        raise ValueError(f"objective: got {loss}; allowed: a finite loss for every setting")
+    return loss
 
 
 def expand(groups: Sequence[Group], chosen: Sequence[Choice]) -> Assignment:
@@ -218,19 +234,18 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
     place: Any = storage
     if storage is not None and "://" not in storage:
         place = JournalStorage(JournalFileBackend(storage))
-    sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     try:
-        return optuna.create_study(
-            storage=place,
-            study_name=name,
-            sampler=sampler,
-            directions=["minimize", "minimize"],
-            load_if_exists=resume,
+        study = optuna.create_study(
+            storage=place, study_name=name, directions=["minimize", "minimize"], load_if_exists=resume
         )
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ValueError(
             f"storage: {storage} has a study {name!r} already; allowed: resume it, or name another"
         ) from error
+    if seed is not None:
+        seed = (seed + 1000 * len(study.trials)) % 2**32  # what is resumed would else suggest the same once more
+    study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
+    return study
 
 
 def _suggest(trial: Trial, index: int, group: Group) -> Choice:

@@ -22,7 +22,6 @@ from kivicache.fidelity import cache_argument
 from kivicache.objectives import CachedKL, read_states
 
 Unit = tuple[int, int | None]  # a layer, or a layer and one of its kv heads
-ERRORS = ("e_k", "e_v", "e_a", "e_o")
 NBITS = (2, 4, 8)
 _RECORDING = "kivi_recording"
 
@@ -98,6 +97,16 @@ def assigned(base: KIVIConfig, assignment: Mapping[Unit, Choice]) -> KIVIConfig:
             settings["heads"].pop(layer_idx, None)
         else:
             settings["heads"].setdefault(layer_idx, {})[head] = choice.settings
+    return KIVIConfig.from_dict(settings)
+
+
+def unpacked(base: KIVIConfig) -> KIVIConfig:
+    """``base`` with 16 bits everywhere, in its own layers and heads too."""
+    settings = base.to_dict() | {"nbits_key": 16, "nbits_value": 16, "heads": {}}
+    settings["layers"] = {
+        layer_idx: {name: value for name, value in own.items() if name not in ("nbits_key", "nbits_value")}
+        for layer_idx, own in base.layers.items()
+    }
     return KIVIConfig.from_dict(settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache.config import KIVIConfig
 from kivicache.fidelity import spread_sequences
-from kivicache.models import MissingPackage
+from kivicache.models import MissingPackage, fingerprint
 from kivicache.objectives import CachedKL
-from kivicache.search import average_bits, best_of, cluster, expand, open_study, prune, search
-from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit, assigned, choices, profile_errors
+from kivicache.policy import packed_lengths
+from kivicache.search import average_bits, best_of, check_budget, cluster, expand, finite, open_study, prune, search
+from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit, assigned, choices, profile_errors, unpacked
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -65,11 +67,25 @@ class TuningSettings:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: got {value!r}; allowed: a whole number from 1")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
         for name, field in (("group_sizes", "group_size"), ("rotations", "rotation")):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: at least one {field}")
             for value in getattr(self, name):
                 KIVIConfig.from_dict({field: value})
+        self._check_prefill()
+
+    def _check_prefill(self) -> None:
+        """What packs nothing costs no bits and no loss: the search would take it for the best."""
+        others = max(self.base.layers, default=-1) + 1  # stands for every layer without settings of its own
+        for layer in map(self.base.layer, (*self.base.layers, others)):
+            for choice in (*self.candidates(), *self.uniform()):
+                if 0 in packed_lengths(replace(layer, **choice.settings), self.prefill):
+                    raise ValueError(
+                        f"prefill: got {self.prefill}; allowed: more tokens, as {choice} packs none of so few beside "
+                        f"{layer.sink_length} sinks and a residual of {layer.residual_length}"
+                    )
 
     def candidates(self) -> list[Choice]:
         """What every layer, or every head, may choose."""
@@ -139,6 +155,7 @@ def run(
         model, tokenizer: what is tuned.
         texts: calibration texts, joined and cut into pieces.
         objective: a config's loss, less is better. Default: KL to full precision in nats per token on ``texts``.
+            A study is resumed with the same one alone, known by its ``name`` or else that of its function or class.
         storage: a journal file, or a database URL of optuna's, where every trial is kept; None: memory. Several
             processes or machines may work on one study of one storage, each with the same settings.
         study_name: of the study there.
@@ -158,12 +175,13 @@ def run(
         allowed = ", ".join(field.name for field in fields(TuningSettings))
         raise ValueError(f"{unknown[0]}: unknown setting; allowed: {allowed}")
     chosen = TuningSettings(**settings)
-    study = open_study(storage, study_name, chosen.seed, resume)
-    _claim(study, chosen, model)
     texts = list(texts)
-    tokens = (calibration(tokenizer, texts, chosen, count) for count in (chosen.sequences, chosen.profiled))
+    tokens = [calibration(tokenizer, texts, chosen, count) for count in (chosen.sequences, chosen.profiled)]
     whole, part = (CachedKL(model, own.to(model.device), chosen.prefill, chosen.scored) for own in tokens)
     loss: Objective = objective or whole
+    check_budget(chosen.budget, _fewest_bits(part, chosen))
+    study = open_study(storage, study_name, chosen.seed, resume)
+    _claim(study, _origin(chosen, model, tokens[0], objective))
     if measured is None and (measured := _stored(study)) is None:
         profile = _profile(part, objective or part, chosen, on_progress)
         measured = Measured(profile, _uniform(whole, loss, chosen, on_progress))
@@ -195,6 +213,16 @@ def calibration(
     return spread_sequences(tokens, sequences, settings.prefill + settings.scored + 1)
 
 
+def _fewest_bits(fidelity: CachedKL, settings: TuningSettings) -> float:
+    """The fewest true bits per packed value that there are: all layers at 2 bits."""
+    configs = (
+        assigned(settings.base, {(layer_idx, None): choice for layer_idx in fidelity.layers})
+        for choice in settings.candidates()
+        if choice.pair == "K2V2"
+    )
+    return min(fidelity.cache(config).memory().packed_bits_per_value for config in configs)
+
+
 def default_texts() -> list[str]:
     """What every Python carries: its own language reference, as ``help("topics")`` shows it."""
     from pydoc_data.topics import topics
@@ -213,10 +241,10 @@ def _profile(fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_p
 
     on_progress(STAGES[0], 0, layers, "")
     profile = profile_errors(fidelity, settings.base, settings.candidates(), settings.per_head, on_unit)
-    exact = KIVIConfig.from_dict(settings.base.to_dict() | {"nbits_key": 16, "nbits_value": 16})
+    exact = unpacked(settings.base)
     fronts = [(unit, choice) for unit, front in prune(profile).items() for choice in front]
     for count, (unit, choice) in enumerate(fronts, 1):
-        measured = replace(profile[unit][choice], loss=loss(assigned(exact, {unit: choice})))
+        measured = replace(profile[unit][choice], loss=finite(loss(assigned(exact, {unit: choice}))))
         profile[unit][choice] = measured
         on_progress(STAGES[1], count, len(fronts), "")
     return profile
@@ -229,19 +257,30 @@ def _uniform(
     for choice in settings.uniform():
         config = KIVIConfig.from_dict({**settings.base.to_dict(), **choice.settings, "layers": {}, "heads": {}})
         bits = fidelity.cache(config).memory().packed_bits_per_value
-        points.append(Point(bits, loss(config), str(choice)))
+        points.append(Point(bits, finite(loss(config)), str(choice)))
         on_progress(STAGES[2], len(points), len(settings.uniform()), "")
     return tuple(points)
 
 
-def _claim(study: Study, settings: TuningSettings, model: PreTrainedModel) -> None:
+def _origin(
+    settings: TuningSettings, model: PreTrainedModel, tokens: Tensor, objective: Objective | None
+) -> dict[str, str]:
+    """All that decides the losses of a study."""
+    named = getattr(objective, "name", getattr(objective, "__qualname__", type(objective).__qualname__))
+    return {name: str(value) for name, value in asdict(replace(settings, trials=1, seed=0)).items()} | {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model": f"{model.name_or_path} with weights {fingerprint(model)}",
+        "texts": f"tokens {sha256(tokens.numpy().tobytes()).hexdigest()[:16]}",
+        "objective": "KL to full precision" if objective is None else named,
+    }
+
+
+def _claim(study: Study, mine: dict[str, str]) -> None:
     """Mark the study as one of these settings, or refuse to mix it with another's."""
-    mine = {name: str(value) for name, value in asdict(replace(settings, trials=1, seed=0)).items()}
-    mine["model"] = str(model.name_or_path)
     theirs = study.user_attrs.get("settings", mine)
     for name, value in mine.items():
-        if theirs[name] != value:
-            raise ValueError(f"{name}: got {value}; allowed: {theirs[name]}, as in the study that is resumed")
+        if theirs.get(name) != value:
+            raise ValueError(f"{name}: got {value}; allowed: {theirs.get(name)}, as in the study that is resumed")
     study.set_user_attr("settings", mine)
 
 

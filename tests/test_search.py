@@ -197,6 +197,38 @@ def test_a_study_goes_on_only_where_it_is_resumed(tmp_path):
     assert len([trial for trial in resumed.trials if trial.values]) == 9
 
 
+def test_the_seeds_that_a_stop_left_out_are_tried_when_it_goes_on(tmp_path):
+    groups, storage = random_groups(3), str(tmp_path / "trials.journal")
+    budget, calls = middle(groups), []
+
+    def loss(assignment):
+        calls.append(tuple(assignment.values()))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return random.random()
+
+    with pytest.raises(KeyboardInterrupt):
+        search(open_study(storage, "mine", 0, resume=False), groups, loss, budget, trials=9)
+    search(open_study(storage, "mine", 0, resume=True), groups, loss, budget, trials=9)
+    assert set(seeds(groups, budget)) <= set(calls[1:])
+
+
+def test_a_resumed_study_suggests_other_settings(tmp_path):
+    groups, storage = random_groups(12), str(tmp_path / "trials.journal")
+    for trials in (10, 20):
+        study = open_study(storage, "mine", 0, resume=True)
+        search(study, groups, lambda _: random.random(), average_bits(groups, fewest(groups)) + 9, trials)
+    drawn = [tuple(t.params.values()) for t in study.trials if "fixed_params" not in t.system_attrs]
+    assert len(set(drawn)) == len(drawn) > 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_search(value):
+    groups = random_groups(2)
+    with pytest.raises(ValueError, match=f"objective: got {value}; allowed: a finite loss"):
+        search(open_study(None, "s", 0, False), groups, lambda _: value, 16.0, 5)
+
+
 def test_expand_gives_every_unit_the_choice_of_its_group():
     groups = [Group(((0, None), (2, None)), 2, {}, {}), Group(((1, 0), (1, 1)), 2, {}, {})]
     assert expand(groups, CHOICES[:2]) == {

@@ -6,7 +6,7 @@ import torch
 from kivicache import KIVICache, KIVIConfig
 from kivicache.fidelity import cache_argument
 from kivicache.objectives import CachedKL
-from kivicache.sensitivity import Choice, assigned, choices, profile_errors
+from kivicache.sensitivity import Choice, assigned, choices, profile_errors, unpacked
 from tests.tiny import VOCAB, tiny_llama
 
 BASE = KIVIConfig(group_size=8, residual_length=8, sink_length=4)
@@ -120,6 +120,14 @@ def test_a_choice_that_names_no_group_size_keeps_the_layers_own():
     base = KIVIConfig(layers={0: {"group_size": 64, "rotation": "hadamard"}})
     layer = assigned(base, {(0, None): Choice(8, 8)}).layer(0)
     assert (layer.nbits_key, layer.group_size, layer.rotation) == (8, 64, "hadamard")
+
+
+def test_unpacked_leaves_only_what_a_unit_is_given():
+    base = assigned(BASE, {(0, None): Choice(2, 2, 16, "hadamard"), (1, 0): Choice(2, 2)})
+    config = assigned(unpacked(base), {(0, 1): Choice(4, 2)})
+    assert config.layer(0).heads == {1: (4, 2)} and config.layer(1).heads == {}
+    assert all((layer.nbits_key, layer.nbits_value) == (16, 16) for layer in map(config.layer, range(3)))
+    assert (config.layer(0).group_size, config.layer(0).rotation) == (16, "hadamard")
 
 
 def test_choices_are_every_combination():

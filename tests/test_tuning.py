@@ -1,5 +1,6 @@
 """The tuner from end to end, on a tiny random model."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -67,6 +68,15 @@ def test_the_result_keeps_the_budget_in_a_real_cache_and_its_loss_is_true(per_he
     assert len(tuned_choices(result)) == (6 if per_head else 3)
 
 
+def test_losses_of_one_unit_alone_do_not_depend_on_the_bases_own_layers():
+    texts, base = (
+        [words(300)],
+        KIVIConfig.from_dict(BASE.to_dict() | {"layers": {0: {"nbits": 2}}, "heads": {1: {0: 2}}}),
+    )
+    profiles = [run(texts=texts, base=own, trials=1).measured.profile for own in (BASE, base)]
+    assert profiles[0] == profiles[1]
+
+
 def test_no_uniform_setting_of_its_bits_is_better():
     result = run(trials=40)
     fronts = [{str(choice) for choice in front} for front in prune(result.measured.profile).values()]
@@ -112,6 +122,36 @@ def test_a_study_of_other_settings_is_not_resumed(tmp_path, name, value):
         run(storage=storage, objective=Counted(), resume=True, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("texts", lambda: {"texts": [words(300)]}),
+        ("objective", lambda: {"objective": None}),
+        ("model", lambda: {"model": tiny_llama(layers=3, seed=1)}),
+        ("dtype", lambda: {"model": copy.deepcopy(tiny_llama(layers=3)).bfloat16()}),
+    ],
+)
+def test_a_study_of_other_losses_is_not_resumed(tmp_path, name, change):
+    given = {"texts": [words(300)], "objective": Counted(), "storage": str(tmp_path / "journal"), "trials": 1}
+    run(**given)
+    with pytest.raises(ValueError, match=rf"{name}: got .*; allowed: .*, as in the study that is resumed"):
+        run(**given | change(), resume=True)
+
+
+def test_what_is_refused_leaves_no_study_behind(tmp_path):
+    storage, loss = str(tmp_path / "journal"), Counted()
+    for refused, message in (({"budget": 2.5}, "budget: got 2.5"), ({"texts": [words(20)]}, "text: got 20 tokens")):
+        with pytest.raises(ValueError, match=message):
+            run(storage=storage, objective=loss, **refused)
+    assert not loss.asked
+    run(storage=storage, objective=loss, trials=1)
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="objective: got nan; allowed: a finite loss"):
+        run(objective=lambda config: float("nan"))
+
+
 def test_what_was_measured_serves_another_budget():
     texts, loss = [words(300)], Counted()
     first = run(texts=texts, objective=loss)
@@ -154,6 +194,9 @@ def test_two_worker_processes_share_one_study(tmp_path):
         ({"group_sizes": (0,)}, "group_size: got 0; allowed"),
         ({"group_sizes": ()}, r"group_sizes: got \(\); allowed: at least one group_size"),
         ({"rotations": ("givens",)}, "rotation: got 'givens'; allowed: None, 'hadamard'"),
+        ({"group_sizes": (8, 128)}, "prefill: got 84; allowed: more tokens, as K2V2 g128 packs none"),
+        ({"base": KIVIConfig(layers={1: {"residual_length": 80}})}, "beside 32 sinks and a residual of 80"),
+        ({"seed": -1}, "seed: got -1; allowed: a whole number from 0"),
         ({"bits": 3}, "bits: unknown setting; allowed: budget, trials"),
         ({"sequences": 50}, "text: got 300 tokens; allowed: at least 4650"),
         ({"texts": "one text"}, r"texts: got the text 'one text'; allowed: several texts"),
