@@ -29,6 +29,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
 from kivicache.cache import KIVICache
 from kivicache.config import CHOICES, PRESETS, KIVIConfig
+from kivicache.memory import held_by
 
 PAPER = {"group_size": 32, "residual_length": 128, "sink_length": 0, "policy": "paper"}
 _HF_FIELDS = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
@@ -59,7 +60,7 @@ class CacheSpec:
         """
         try:
             if Path(text).suffix in (".yaml", ".yml"):
-                return cls(Path(text).stem, "kivi", _from_file(text).to_dict())
+                return cls(text, "kivi", _from_file(text).to_dict())
             head, words, fields = split_options(text)
             if head in ("kivi", "paper"):
                 base = PAPER if head == "paper" else {}
@@ -94,7 +95,10 @@ def split_options(text: str) -> tuple[str, list[str], dict[str, Any]]:
         if found:
             if name in fields:
                 raise ValueError(f"{name}: given twice; allowed: once")
-            fields[name] = yaml.safe_load(value)
+            try:
+                fields[name] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ValueError(f"{name}: got {value!r}; allowed: a YAML value, such as 2, null or [1,2]") from None
     return head, words, fields
 
 
@@ -127,6 +131,8 @@ def _hf_settings(words: list[str], fields: dict[str, Any]) -> dict[str, Any]:
     for name in fields:
         if name not in _HF_FIELDS:
             raise ValueError(f"{name}: unknown option; allowed: {', '.join(_HF_FIELDS)}")
+        if type(fields[name]) is not int:
+            raise ValueError(f"{name}: got {fields[name]!r}; allowed: a whole number")
     settings: dict[str, Any] = {}
     for word in words:
         if axes := re.fullmatch(r"a(-?\d)/(-?\d)", word):
@@ -178,10 +184,9 @@ def _layer_bits(layer: Any) -> tuple[int, int, int]:
     if hasattr(layer, "memory"):
         memory = layer.memory()
         return 8 * (memory.codes + memory.scales), memory.packed_values, memory.values - memory.packed_values
-    exact = sum(states.numel() for states in (layer.keys, layer.values) if isinstance(states, Tensor))
     quantized = [vars(layer)[name] for name in ("_quantized_keys", "_quantized_values") if name in vars(layer)]
     values = sum(layer._dequantize(states).numel() for states in quantized)
-    return sum(_bits(tensor) for states in quantized for tensor in _tensors(states)), values, exact
+    return sum(_bits(tensor) for states in quantized for tensor in _tensors(states)), values, held_by(layer).values
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:

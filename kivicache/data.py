@@ -18,9 +18,9 @@ def load_text(source: str | None) -> str:
     Raises:
         ValueError: where there is no such file or dataset.
     """
-    path = Path(__file__).with_name("alice.txt") if source is None else Path(source)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    text = _read(str(Path(__file__).with_name("alice.txt")) if source is None else source)
+    if text is not None:
+        return text
     rows = _from_hub(str(source))
     if not rows or "text" not in rows[0]:
         raise ValueError(f"data: got {source!r}; allowed: a dataset with a column named text")
@@ -31,15 +31,31 @@ def load_rows(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The first ``limit`` rows of a JSON-lines file or of a dataset.
 
     Raises:
-        ValueError: where there is no such file or dataset, or a line of the file is not JSON.
+        ValueError: where there is no such file or dataset, or a line of the file is no JSON object.
     """
-    if not Path(source).is_file():
+    text = _read(source)
+    if text is None:
         return _from_hub(source)[:limit]
-    lines = [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+    # JSON may hold the other characters that str.splitlines splits at
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
-        return [json.loads(line) for line in lines[:limit]]
+        rows = [json.loads(line) for line in lines[:limit]]
     except ValueError as error:
         raise ValueError(f"data: {source}: allowed: one JSON object per line; {error}") from error
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"data: {source}: got {row!r:.40}; allowed: one JSON object per line")
+    return rows
+
+
+def _read(source: str) -> str | None:
+    """The text of a file; None where there is no such file."""
+    if not isinstance(source, str):
+        raise ValueError(f"data: got {source!r}; allowed: {_ALLOWED}")
+    try:
+        return Path(source).read_text(encoding="utf-8") if Path(source).is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {source}: allowed: text in UTF-8; {error}") from error
 
 
 def _from_hub(source: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from kivicache.cache import KIVICache
 from kivicache.config import KIVIConfig
-from kivicache.fidelity import first_difference
+from kivicache.fidelity import cache_argument, first_difference
 from kivicache.layer import KIVILayer
 from kivicache.memory import MemoryReport, held_by
 from kivicache.models import encode, token_texts
@@ -134,7 +134,7 @@ def _generate(
     generate: Any = model.generate
     output: Tensor = generate(
         **inputs,
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache import __version__
 from kivicache.caches import CacheSpec, cache_bits
+from kivicache.models import fingerprint
 from kivicache.tasks import Item, Subject, Task, parse_task
 
 OnProgress = Callable[[int, int, str], object]  # (runs done, runs in all, what runs now)
@@ -62,6 +63,7 @@ class Store:
         self.path = None if path is None else Path(path)
         self.setup = {
             "model": str(subject.model.name_or_path),
+            "weights": fingerprint(subject.model),
             "dtype": str(subject.model.dtype).removeprefix("torch."),
             "device": subject.model.device.type,
             "kivicache": __version__,
@@ -69,7 +71,7 @@ class Store:
         }
         self.records: dict[str, Record] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8").split("\n"):
                 self._read(line)
 
     def key(self, task: Task, item: Item, cache: CacheSpec) -> dict[str, Any]:
@@ -112,8 +114,8 @@ def evaluate(
         model, tokenizer: as from [`load_model`].
         caches: settings in the grammar of `kivicache.caches`, or [`CacheSpec`]s.
         tasks: tasks in the grammar of [`parse_task`], or [`Task`]s.
-        store: a file where every result is kept at once. What it holds already, of the same model, versions, item and
-            setting, is not measured again.
+        store: a file where every result is kept at once. What it holds already, of the same model, weights, dtype,
+            versions, item and setting, is not measured again.
         limit: only the first so many items of each task.
         on_progress: called before each run and at the end.
 
@@ -124,6 +126,8 @@ def evaluate(
         ValueError: naming the setting or task that cannot be read, or the cache that fails on an item. What was
             measured before is kept.
     """
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit: got {limit!r}; allowed: a whole number from 1")
     subject = Subject(model, tokenizer)
     specs = [CacheSpec.parse(cache) if isinstance(cache, str) else cache for cache in caches]
     chosen = [parse_task(task) if isinstance(task, str) else task for task in tasks]
@@ -131,6 +135,9 @@ def evaluate(
     _check_unique("task", [task.label for task in chosen])
     kept = Store(store, subject)
     items = [task.items(subject)[:limit] for task in chosen]
+    for task, own in zip(chosen, items, strict=True):
+        if not own:
+            raise ValueError(f"task {task.label}: got no items; allowed: data of at least one, beyond its examples")
     for spec in specs:
         spec.new(model.config)  # what does not fit the model is said before hours have passed
     todo = [

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,16 @@ def held_by(layer: Any) -> MemoryReport:
     for name, held in vars(layer).items():
         if not name.startswith("_"):
             tensors += [t for t in (held.values() if isinstance(held, dict) else [held]) if isinstance(t, Tensor)]
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]  # the others count tokens
+    unused: list[Tensor] = []
+    if isinstance(layer, StaticLayer) and layer.keys is not None and layer.values is not None:
+        room = max(layer.keys.shape[2] - int(layer.get_seq_length()), 0)
+        unused = [states[:, :, :room] for states in (layer.keys, layer.values)]
+    slack = sum(states.nbytes for states in unused)
     return MemoryReport(
-        full_precision=sum(t.untyped_storage().nbytes() for t in tensors), values=sum(t.numel() for t in tensors)
+        full_precision=sum(t.untyped_storage().nbytes() for t in tensors) - slack,
+        slack=slack,
+        values=sum(t.numel() for t in tensors) - sum(states.numel() for states in unused),
     )
 
 

@@ -6,6 +6,8 @@ from transformers import DynamicCache, QuantizedCache
 
 from kivicache import KIVICache, KIVIConfig
 from kivicache.caches import CacheSpec, cache_bits, split_options
+from kivicache.fidelity import cache_argument
+from tests.architectures import tiny_model
 from tests.tiny import tiny_llama
 
 
@@ -39,7 +41,7 @@ def test_files_and_the_caches_of_transformers(tmp_path):
     config, model_config = KIVIConfig(layers={1: {"nbits": 8}}), tiny_llama().config
     config.to_yaml(tmp_path / "mine.yaml")
     spec = CacheSpec.parse(str(tmp_path / "mine.yaml"))
-    assert spec.name == "mine" and spec.new(model_config).kivi_config == config
+    assert spec.name == str(tmp_path / "mine.yaml") and spec.new(model_config).kivi_config == config
     assert type(CacheSpec.parse("dynamic").new(model_config)) is DynamicCache
     layer = CacheSpec.parse("hf-hqq:2:g32:r64:a1/0").new(model_config).layers[0]
     assert (layer.nbits, layer.q_group_size, layer.residual_length, layer.axis_key, layer.axis_value) == (
@@ -66,6 +68,8 @@ def test_files_and_the_caches_of_transformers(tmp_path):
         ("kivi:depth=2", "depth: unknown setting"),
         ("kivi:nbits=2,nbits=4", "nbits: given twice"),
         ("hf-quanto:sinks=2", "sinks: unknown option; allowed: nbits"),
+        ("kivi:nbits={", "cache 'kivi:nbits={': nbits: got '{'; allowed: a YAML value"),
+        ("hf-hqq:residual_length=x", "residual_length: got 'x'; allowed: a whole number"),
         ("hf-quanto:s4", "keeps no sinks"),
         ("no-such.yaml", "cache 'no-such.yaml': No such file"),
     ],
@@ -107,6 +111,28 @@ def test_bits_are_what_the_format_says(text, packed, exact_tokens):
     bits = cache_bits(cache)
     assert bits.per_packed_value == pytest.approx(packed, rel=1e-3)
     assert bits.per_value == pytest.approx((packed * (tokens - exact_tokens) + 16 * exact_tokens) / tokens, rel=1e-3)
+
+
+def test_room_for_more_tokens_does_not_weigh():
+    config = KIVIConfig(nbits=4, layers={0: {"nbits": 16}})
+    cache = KIVICache(config, config=tiny_llama(head_dim=64).config, max_cache_len=900)
+    for layer_idx in range(2):
+        states = torch.randn(1, 2, 320, 64)
+        cache.update(states, states, layer_idx)
+    exact, packed = cache.memory().layers
+    values = 2 * 2 * 320 * 64
+    assert (exact.values, exact.full_precision, packed.values) == (values, 4 * values, values)
+    assert exact.total == 4 * 2 * 2 * 900 * 64
+    # half of the second layer's tokens are 32 sinks and a residual of 128
+    assert cache_bits(cache).per_value == pytest.approx((16 + (16 + 5) / 2) / 2)
+
+
+def test_layers_without_keys_weigh_their_states():
+    model = tiny_model("qwen3_next")
+    cache = CacheSpec.parse("kivi:8:g8:r8:s4").new(model.config)
+    with torch.no_grad():
+        model(torch.randint(3, 90, (1, 48)), **{cache_argument(model): cache})
+    assert 8 < cache_bits(cache).per_value < 16 and cache_bits(cache).per_packed_value == 12
 
 
 def test_tokens_behind_a_quantized_prompt_are_exact():

@@ -33,9 +33,24 @@ def test_texts_and_rows_from_files(tmp_path):
     rows.write_text("\n".join(json.dumps({"i": i}) for i in range(4)) + "\n\n")
     assert load_text(str(text)) == "über\n"
     assert load_rows(str(rows)) == [{"i": i} for i in range(4)] and load_rows(str(rows), 2) == [{"i": 0}, {"i": 1}]
-    rows.write_text("{]")
-    with pytest.raises(ValueError, match=r"rows.jsonl: allowed: one JSON object per line"):
-        load_rows(str(rows))
+    rows.write_text('{"text": "one\u2028line\x85"}\n', encoding="utf-8")
+    assert load_rows(str(rows)) == [{"text": "one\u2028line\x85"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{]", "rows.jsonl: allowed: one JSON object per line"),
+        (b'[{"a": 1}]', r"rows.jsonl: got \[{'a': 1}\]; allowed: one JSON object per line"),
+        (b"\xff\xfe", "rows.jsonl: allowed: text in UTF-8"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused(content, said, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match="data: got 5; allowed: a file, or OWNER/NAME"):
+        load_rows(5)
 
 
 def test_the_built_in_text_is_long_enough_for_the_defaults():

@@ -94,6 +94,7 @@ def test_first_difference(first, second, index):
     assert demo.first_difference(first, second) == demo.first_difference(second, first) == index
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_progress_goes_stage_by_stage(tokenizer):
     seen = []
     demo.compare(tiny_llama(), tokenizer, PROMPT, COARSE, 3, lambda *step: seen.append(step))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from kivicache import KIVIConfig
 from kivicache.__main__ import main
 from kivicache.evaluation import evaluate
 from kivicache.evaluation_report import render, report
@@ -71,6 +72,25 @@ def test_what_is_stored_is_not_measured_again(fidelity, tmp_path):
     assert len(steps) == 4  # another step is another measurement
 
 
+def test_what_is_stored_of_another_model_is_not_used(fidelity, tmp_path):
+    models = [tiny_llama(seed=seed) for seed in (0, 1)]
+    assert models[0].name_or_path == models[1].name_or_path
+    kept = {"store": tmp_path / "records.jsonl"}
+    first, second = (evaluate(model, word_tokenizer(), ["dynamic"], [fidelity], **kept) for model in models)
+    assert first[0].metrics["perplexity"] != second[0].metrics["perplexity"]
+
+
+def test_caches_from_files_of_one_name_stand_apart(fidelity, tmp_path):
+    files = []
+    for nbits in (2, 8):
+        files.append(tmp_path / str(nbits) / "mine.yaml")
+        files[-1].parent.mkdir()
+        KIVIConfig(nbits=nbits, group_size=8, residual_length=8, sink_length=4).to_yaml(files[-1])
+    coarse, fine = run([*map(str, files)], [fidelity])[0]
+    assert (coarse.cache.name, fine.cache.name) == (str(files[0]), str(files[1]))
+    assert coarse.metrics["kl_mean"] > fine.metrics["kl_mean"]
+
+
 def test_a_run_goes_on_after_a_stop(fidelity, tmp_path):
     store = tmp_path / "records.jsonl"
 
@@ -94,9 +114,13 @@ def test_a_run_goes_on_after_a_stop(fidelity, tmp_path):
         (["dynamic", "dynamic"], ["fidelity"], "cache: got 'dynamic' twice"),
         (["dynamic"], ["passkey", "passkey:depths=2"], "task: got 'passkey' twice"),
         (["hf-quanto:8"], [PASSKEY], "cache 'hf-quanto:8'"),
+        (["dynamic"], ["gsm8k:data={few}"], "task gsm8k: got no items"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_runs(caches, tasks, said):
+def test_what_cannot_be_run_is_refused_before_anything_runs(caches, tasks, said, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"question": "w5", "answer": "#### 1"}\n' * 4)  # all of them are examples
+    tasks = [task.format(few=few) for task in tasks]
     with pytest.raises(ValueError, match=said):
         evaluate(tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: pytest.fail("it ran"))
 

@@ -198,8 +198,8 @@ def test_a_study_goes_on_only_where_it_is_resumed(tmp_path):
 
 
 def test_the_seeds_that_a_stop_left_out_are_tried_when_it_goes_on(tmp_path):
-    groups, storage = random_groups(3), str(tmp_path / "trials.journal")
-    budget, calls = middle(groups), []
+    groups, storage = random_groups(9), str(tmp_path / "trials.journal")
+    budget, calls = average_bits(groups, fewest(groups)) + 1, []
 
     def loss(assignment):
         calls.append(tuple(assignment.values()))

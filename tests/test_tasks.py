@@ -135,6 +135,13 @@ def test_ruler_hides_what_it_asks_for(kind):
         assert found == 1 / len(answers)
 
 
+def test_a_chain_of_variables_is_read_in_its_order():
+    for item in Ruler(kind="tracking", lengths=(4000,), samples=4).items(Subject(None, Letters())):
+        context = read(item.token_ids)
+        places = [context.index(f"VAR {name} = ") for name in item.facts["answers"]]
+        assert places == sorted(places)
+
+
 def test_an_answer_is_what_the_model_says_through_the_cache(subject):
     task = Passkey()
     item = Item("0", torch.randint(3, VOCAB, (70,)).tolist(), 60, {"answers": ["w5"], "max_new_tokens": 12})
@@ -172,6 +179,9 @@ def test_gsm8k_shows_worked_examples_and_asks_the_rest(tmp_path):
     assert shown == "".join(f"Question: What is {i}+1?\nAnswer: It is {i + 1}.\n#### {i + 1}\n\n" for i in range(2))
     assert asked == "Question: What is 3+1?\nAnswer:"
     assert [task.score(items[1], seen, None)["exact_match"] for seen in ("#### 4", "It is 4", "5", "")] == [1, 1, 0, 0]
+    path.write_text('{"question": "?", "answer": "none"}')
+    with pytest.raises(ValueError, match="row 0 answers 'none'; allowed: a number"):
+        task.items(Subject(None, Letters()))
     path.write_text('{"question": "?"}')
     with pytest.raises(ValueError, match=r"row 0 has \['question'\]; allowed: question and answer"):
         task.items(Subject(None, Letters()))
@@ -225,6 +235,11 @@ def test_longbench_metrics_are_the_published_ones(metric, name, published):
     assert len(scores) > 2
 
 
+def test_code_similarity_looks_at_the_line_that_longbench_looks_at():
+    assert METRICS["code_similarity"]("\n\n# why\nreturn x\nreturn y", "return x", []) == 1
+    assert METRICS["code_similarity"]("# why\n\nreturn x", "return x", []) == 0
+
+
 def test_longbench_reads_its_own_format(tmp_path):
     rows = [{"context": "c" * 900, "input": "Who?", "answers": ["Ann", "Bob"], "all_classes": None, "_id": "x"}]
     path = tmp_path / "hotpotqa.jsonl"
@@ -238,6 +253,12 @@ def test_longbench_reads_its_own_format(tmp_path):
     (cut,) = LongBench(dataset="hotpotqa", data=str(path), max_length=600).items(Subject(None, Letters()))
     assert read(cut.token_ids) == expected[:300] + expected[-300:]
     assert cut.prefill == len(cut.token_ids) - (len(item.token_ids) - item.prefill)
+    path.write_text(json.dumps(rows[0] | {"context": "c" * 9, "input": "Who?" * 300}))
+    (short,) = LongBench(dataset="repobench-p", data=str(path), max_length=600).items(Subject(None, Letters()))
+    assert read(short.token_ids[: short.prefill]).endswith("c" * 9)
+    path.write_text(json.dumps(rows[0] | {"answers": []}))
+    with pytest.raises(ValueError, match=r"row 0: got answers \[\]; allowed: context, input and answers"):
+        task.items(Subject(None, Letters()))
 
 
 def test_every_longbench_dataset_has_a_metric_and_a_whole_prompt():
@@ -259,8 +280,13 @@ def test_tasks_by_name():
         ("speed", "task: got 'speed'; allowed: fidelity, greedy"),
         ("fidelity:size=2", "task fidelity: got 'size'; allowed: data=..., sequences="),
         ("fidelity:steps", "task fidelity: got 'steps'"),
-        ("fidelity:steps=0", "steps: got 0; allowed: whole numbers from 1"),
-        ("passkey:lengths=[1000,x]", "lengths: got .*allowed: whole numbers from 100"),
+        ("fidelity:steps=0", "steps: got 0; allowed: a whole number from 1"),
+        ("fidelity:steps=[1,2]", r"steps: got \(1, 2\); allowed: a whole number from 1"),
+        ("fidelity:data={", "data: got '{'; allowed: a YAML value"),
+        ("passkey:lengths=[1000,x]", "lengths: got .*allowed: a list of whole numbers from 100"),
+        ("passkey:lengths=1024", "lengths: got 1024; allowed: a list of whole numbers from 100"),
+        ("passkey:lengths=[]", r"lengths: got \(\); allowed: a list of whole numbers"),
+        ("longbench:dataset={a}", "dataset: got {'a': None}; allowed: narrativeqa"),
         ("ruler:kind=maze", "kind: got 'maze'; allowed: single, multikey"),
         ("longbench:dataset=trivia", "dataset: got 'trivia'; allowed: narrativeqa"),
     ],

@@ -107,12 +107,14 @@ def parse_task(text: str) -> Task:
 
 
 def check_counts(task: Task, **least: int) -> None:
-    """Refuse fields that are no whole numbers of at least so many; tuples are checked one by one."""
+    """Refuse fields that are no whole numbers of at least so many, or no lists of them where the default is one."""
     for name, allowed in least.items():
-        value = getattr(task, name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if type(one) is not int or one < allowed:
-                raise ValueError(f"{name}: got {value!r}; allowed: whole numbers from {allowed}")
+        value, several = getattr(task, name), isinstance(getattr(type(task), name), tuple)
+        numbers = value if isinstance(value, tuple) else (value,)
+        wrong = [one for one in numbers if type(one) is not int or one < allowed]
+        if wrong or not numbers or isinstance(value, tuple) != several:
+            what = "a list of whole numbers" if several else "a whole number"
+            raise ValueError(f"{name}: got {value!r}; allowed: {what} from {allowed}")
 
 
 @torch.no_grad()

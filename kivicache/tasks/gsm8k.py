@@ -38,6 +38,8 @@ class GSM8K(Task, name="gsm8k"):
         for index, row in enumerate(rows):
             if not {"question", "answer"} <= set(row):
                 raise ValueError(f"data: {self.data}: row {index} has {sorted(row)}; allowed: question and answer")
+            if final_number(row["answer"]) is None:
+                raise ValueError(f"data: {self.data}: row {index} answers {row['answer']!r:.40}; allowed: a number")
         context = "".join(
             f"Question: {row['question']}\nAnswer: {_plain(row['answer'])}\n\n" for row in rows[: self.shots]
         )

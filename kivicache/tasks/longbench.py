@@ -39,7 +39,7 @@ class LongBench(Task, name="longbench"):
 
     def __post_init__(self) -> None:
         check_counts(self, limit=1, max_length=200)
-        if self.dataset not in DATASETS:
+        if self.dataset not in list(DATASETS):
             raise ValueError(f"dataset: got {self.dataset!r}; allowed: {', '.join(DATASETS)}")
 
     @property
@@ -54,8 +54,10 @@ class LongBench(Task, name="longbench"):
         dataset = DATASETS[self.dataset]
         row = {"input": row.get("question", ""), **row}
         for name in ("context", "answers"):
-            if name not in row:
-                raise ValueError(f"data: row {index} has {sorted(row)}; allowed: context, input and answers")
+            if not row.get(name):
+                raise ValueError(
+                    f"data: row {index}: got {name} {row.get(name)!r}; allowed: context, input and answers"
+                )
         before, after = dataset["prompt"].split("{context}")
         context, question = before + row["context"], after.replace("{input}", row["input"])
         token_ids, prefill = asked(subject, context, question, chat=dataset["chat"])
@@ -63,7 +65,7 @@ class LongBench(Task, name="longbench"):
         if surplus > 0:
             middle = self.max_length // 2
             token_ids = token_ids[:middle] + token_ids[middle + surplus :]
-            prefill = max(prefill - surplus, middle)
+            prefill = min(prefill, max(prefill - surplus, middle))  # a short context ends before the cut
         facts = {
             "answers": list(row["answers"]),
             "classes": list(row.get("all_classes") or ()),
@@ -119,8 +121,9 @@ def count(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def code_similarity(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """How alike the first line of code is, edits counted as in difflib, in whole percents."""
-    lines = (line for line in prediction.split("\n") if line.strip() and not re.search("`|#|//", line))
+    """How alike the first line without marks of a comment is, edits counted as in difflib, in whole percents."""
+    # as published: a blank line counts, unless it comes first
+    lines = (line for line in prediction.lstrip("\n").split("\n") if not re.search("`|#|//", line))
     return round(100 * SequenceMatcher(None, next(lines, ""), answer).ratio()) / 100
 
 

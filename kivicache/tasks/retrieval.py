@@ -28,6 +28,7 @@ class Needle:
         question: stands after the filler.
         answer: how the model's answer begins.
         expected: what the answer has to contain.
+        chained: whether each sentence is about the one before it, and so has to stand behind it.
     """
 
     intro: str
@@ -35,6 +36,7 @@ class Needle:
     question: str
     answer: str
     expected: Sequence[str]
+    chained: bool = False
 
 
 class _Retrieval(Task):
@@ -69,7 +71,11 @@ class _Retrieval(Task):
         if count < len(needle.hidden):
             raise ValueError(f"lengths: got {length}; allowed: at least {math.ceil(len(token_ids) + 8 * line)}")
         first = round(depth * count)
-        others = random.sample(range(count), len(needle.hidden) - 1)
+        others = (
+            sorted(random.choices(range(first, count + 1), k=len(needle.hidden) - 1))
+            if needle.chained
+            else random.sample(range(count), len(needle.hidden) - 1)
+        )
         token_ids, prefill = _prompt(subject, needle, count, [first, *others])
         name = f"{length}/{depth:.3f}/{sample}"
         facts = {"answers": list(needle.expected), "max_new_tokens": self.max_new_tokens}
@@ -118,7 +124,8 @@ class Ruler(_Retrieval, name="ruler"):
     Args:
         kind: "single" needle; "multikey": one of four needles is asked for; "multivalue": four numbers of one key;
             "multiquery": four keys are asked for; "tracking": all names of one value along a chain of variables.
-        lengths, depths, samples: as for [`Passkey`]; the depth is that of the first needle, others lie anywhere.
+        lengths, depths, samples: as for [`Passkey`]; the depth is that of the first needle. Others lie anywhere, but
+            those of a chain in their order behind it.
     """
 
     kind: str = "single"
@@ -129,7 +136,7 @@ class Ruler(_Retrieval, name="ruler"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in KINDS:
+        if self.kind not in list(KINDS):
             raise ValueError(f"kind: got {self.kind!r}; allowed: {', '.join(KINDS)}")
 
     @property
@@ -173,6 +180,7 @@ def _tracking(random: Random) -> Needle:
         f"Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are "
         f"assigned the value {value}, they are:",
         names,
+        chained=True,
     )
 
 
