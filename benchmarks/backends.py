@@ -21,6 +21,7 @@ import transformers
 
 from kivicache import KIVIConfig, __version__
 from kivicache.fidelity import spread_sequences
+from kivicache.files import replacing
 from kivicache.layer import KIVILayer
 from kivicache.models import load_model
 from kivicache.objectives import CachedKL, read_states
@@ -72,7 +73,7 @@ def main() -> None:
     tokens = tokenizer(Path(args.text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     batch = spread_sequences(tokens, args.sequences, args.prefill + args.steps + 1)
     loss = CachedKL(model, batch, args.prefill, args.step)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
+    with replacing(args.out) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         file.write(
             f"# SmolLM2-135M-Instruct, {Path(args.text).name}, {args.sequences} sequences, prefill {args.prefill}, "
             f"then {args.steps} tokens in steps of {args.step}; cpu ({torch.get_num_threads()} threads), "

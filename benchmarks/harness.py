@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kivicache.files import replacing
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -67,7 +69,7 @@ def attempt(run: Callable[[], dict[str, str]], limit: int) -> dict[str, str]:
 
 
 class Table:
-    """A CSV with the machine in its first line, written anew at each row."""
+    """A CSV with the machine in its first line, replaced at each row."""
 
     def __init__(self, path: Path, keys: list[str], columns: list[str], machine: str):
         self.path, self.keys, self.columns, self.machine = path, keys, [*keys, *columns], machine
@@ -84,7 +86,7 @@ class Table:
 
     def add(self, row: dict[str, str]) -> None:
         self.rows.append({name: row.get(name, "") for name in self.columns})
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
             file.write(f"# {self.machine}\n")
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()

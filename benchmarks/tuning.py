@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache import KIVIConfig, __version__
 from kivicache.data import load_text
-from kivicache.evaluation_report import pyplot
+from kivicache.evaluation_report import pyplot, save
 from kivicache.fidelity import spread_sequences
+from kivicache.files import replacing
 from kivicache.models import EMBEDDED, load_model
 from kivicache.objectives import CachedKL
 from kivicache.tuning import Point, TuningResult, TuningSettings, default_texts, run
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 
 def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> CachedKL:
     """KL on a text that no search saw."""
-    tokens = torch.tensor(tokenizer(load_text(text)).input_ids)
+    tokens = torch.tensor(tokenizer(text).input_ids)
     return CachedKL(model, spread_sequences(tokens, SEQUENCES, PREFILL + SCORED + 1), PREFILL, STEP)
 
 
@@ -79,13 +80,12 @@ def plot(tuned: list[Row], uniform: list[Row], path: Path) -> None:
     axes.plot(*zip(*points, strict=True), "*-", color="#0b6e4f", markersize=10, label="tuned, for each budget")
     plot_uniform(axes, [Point(float(r["bits"]), float(r["kl"]), r["setting"]) for r in uniform])
     finish_front(axes, "KL to full precision on held-out text, nats per token")
-    figure.savefig(path, dpi=130)
-    pyplot().close(figure)
+    save(figure, path, dpi=130)
 
 
 def write(rows: list[Row], path: Path, text: str, settings: TuningSettings) -> None:
     names = list(dict.fromkeys(name for one in rows for name in one))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         file.write(
             f"# {EMBEDDED}; tuned on Python's language reference ({settings.sequences} sequences, "
             f"{settings.profiled} for the profile, prefill {settings.prefill}, {settings.scored} scored; "
@@ -108,8 +108,16 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, metavar="BITS")
     parser.add_argument("--per-head", type=float, metavar="BITS", help="refine the heads of this budget's result")
     args = parser.parse_args()
+    if args.per_head is not None and args.per_head not in args.budgets:
+        parser.error(f"--per-head: got {args.per_head:g}; allowed: one of --budgets, {args.budgets}")
+    try:  # what is wrong is said before anything is measured
+        text = load_text(args.text)
+        for budget in args.budgets:
+            TuningSettings(budget, args.trials)
+    except ValueError as error:
+        parser.error(str(error))
     model, tokenizer = load_model()
-    loss, texts = held_out(model, tokenizer, args.text), default_texts()
+    loss, texts = held_out(model, tokenizer, text), default_texts()
     common = {"storage": args.storage, "resume": True, "trials": args.trials}
     results: dict[float, TuningResult] = {}
     tuned, uniform, measured = [], [], None

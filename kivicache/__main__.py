@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 for what the user can mend, said in one line on stderr."""
+    """Run a command and return its exit code: 0, 2 for what the user can mend, said in one line, 130 on Ctrl-C."""
     parser = _Parser(prog="kivicache", description="A key-value cache in 2, 4 or 8 bits for transformers models.")
     parser.add_argument("--version", action="version", version=f"kivicache {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except (ImportError, ValueError, NotImplementedError) as error:
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:
         print(f"kivicache {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -176,6 +176,8 @@ def _eval(args: argparse.Namespace) -> int:
             raise MissingPackage(package, 'pip install "kivicache[eval]"')
     from rich.console import Console
 
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out: got the file {args.out}; allowed: a folder")
     device = _device(args.device)
     caches = [CacheSpec.parse(text) for text in args.cache]
     tasks = [parse_task(text) for text in args.task]
@@ -268,6 +270,8 @@ def _tune(args: argparse.Namespace) -> int:
         "groups": args.groups,
         "seed": args.seed,
     }
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"--out: got {args.out}; allowed: a file in a folder that there is")
     tuning.TuningSettings(**settings)  # what is wrong is said before the model is loaded
     task = None if args.task is None else parse_task(args.task)
     texts = _calibration_texts(args)

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from kivicache.files import replacing
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "nbits": (2, 4, 8, 16),
     "nbits_key": (2, 4, 8, 16),
@@ -28,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "5bit": {"nbits_key": 4, "nbits_value": 4, "group_size": 32, "rotation": "hadamard"},
 }
 HEAD_FIELDS = ("nbits", "nbits_key", "nbits_value")
+_MERGE = "tag:yaml.org,2002:merge"
 _KVTUNER_AXES = {0: "token", 1: "channel"}
 _DEFAULT_NBITS_KEY, _DEFAULT_NBITS_VALUE = 4, 2
 
@@ -236,19 +239,21 @@ class KIVIConfig(_Settings):
         """The config as YAML text, also written to ``path`` where one is given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            with replacing(path) as file:
+                file.write_text(text, encoding="utf-8")
         return text
 
 
 class _Loader(yaml.SafeLoader):
     """``yaml.safe_load``'s loader, but a key that is given twice is an error: the last one would silently win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # as written: merge keys (<<) are not followed yet
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"{key}: given twice; allowed: once")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _is_index(key: Any) -> bool:

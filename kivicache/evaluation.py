@@ -123,8 +123,8 @@ def evaluate(
         one [`Result`] per task and cache, in the order given.
 
     Raises:
-        ValueError: naming the setting or task that cannot be read, or the cache that fails on an item. What was
-            measured before is kept.
+        ValueError: naming the setting or task that cannot be read, the task without items, or the cache that fails on
+            an item. What was measured before is kept.
     """
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"limit: got {limit!r}; allowed: a whole number from 1")

@@ -15,6 +15,7 @@ import transformers
 from kivicache import __version__
 from kivicache.caches import CacheSpec
 from kivicache.evaluation import Result
+from kivicache.files import replacing
 from kivicache.models import MissingPackage
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def write_csv(results: Sequence[Result], path: Path, model: str) -> Path:
         | {"items": len(result.records), "seconds": f"{sum(record.seconds for record in result.records):.0f}"}
         for result in results
     ]
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         file.write(
             f"# {model}, {_named(results[0])}; {platform.system()} {platform.machine()}, "
             f"kivicache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -153,9 +154,7 @@ def plot_quality(results: Sequence[Result], path: Path) -> Path:
     figure.canvas.draw()
     for axes, bits in zip(panels, BITS, strict=True):
         _name_points(axes, [(r.metrics[bits], r.metrics[metric], r.cache) for r in shown])
-    figure.savefig(path, dpi=130)
-    pyplot().close(figure)
-    return path
+    return save(figure, path, dpi=130)
 
 
 def plot_grid(results: Sequence[Result], path: Path) -> Path:
@@ -171,9 +170,7 @@ def plot_grid(results: Sequence[Result], path: Path) -> Path:
     figure.supxlabel("tokens")
     figure.supylabel("depth")
     figure.colorbar(image, ax=grid, label="found", shrink=0.7)
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
-    return path
+    return save(figure, path)
 
 
 def _heat_map(axes: Axes, result: Result) -> Any:
@@ -226,9 +223,9 @@ def _is_free(box: Any, axes: Axes, taken: list[Any], dots: list[Any]) -> bool:
 
 
 def _named(result: Result) -> str:
-    """The task with its fields, as `parse_task` reads it, a file in them by its name alone."""
+    """The task with its fields, as `parse_task` reads it, a file in them without its folder."""
     given = {name: value for name, value in vars(result.task).items() if value is not None}
-    if "data" in given:
+    if "data" in given and Path(given["data"]).is_file():
         given["data"] = Path(given["data"]).name
     fields = (
         f"{name}=[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{name}={value}"
@@ -243,6 +240,14 @@ def _heading(name: str) -> str:
 
 def _written(name: str, value: float) -> str:
     return (COLUMNS[name][1] if name in COLUMNS else "{:.1%}").format(value)
+
+
+def save(figure: Any, path: Path, dpi: int = 150) -> Path:
+    """Write the picture, and let go of it."""
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=dpi)
+    pyplot().close(figure)
+    return path
 
 
 def pyplot() -> Any:

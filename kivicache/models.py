@@ -194,7 +194,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMod
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file may fail anywhere in what reads it
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
 

@@ -29,7 +29,7 @@ class CachedKL:
 
     Args:
         model: a causal language model.
-        tokens: int64 ``[sequences, tokens]``, all but the first ``prefill`` of each scored.
+        tokens: int64 ``[sequences, tokens]``; those behind the first ``prefill + 1`` of each are scored.
         prefill: tokens of the one-shot prefill.
         step: tokens of every forward pass behind it.
     """

@@ -38,7 +38,7 @@ class Group:
 
 
 def prune(profile: Profile, measure: str = "e_o") -> Profile:
-    """Keep each unit's Pareto front of true bits against ``measure``: what no other choice beats or equals in both."""
+    """Keep each unit's Pareto front of true bits against ``measure``: what none beats in both; of equals, one."""
     return {unit: _front(costs, measure) for unit, costs in profile.items()}
 
 
@@ -57,7 +57,7 @@ def cluster(profile: Profile, groups: int, measure: str = "e_o") -> list[Group]:
 
     Args:
         profile: pruned, every ``loss`` measured.
-        groups: at most this many, unless there are more sets of candidates than that.
+        groups: about this many: each set of candidates gets its share, rounded, and one at least.
     """
     from sklearn.cluster import AgglomerativeClustering
 
@@ -141,7 +141,8 @@ def _changes(groups: Sequence[Group], chosen: Sequence[Choice]) -> Iterator[_Cha
 
 
 def seeds(groups: Sequence[Group], budget: float) -> list[tuple[Choice, ...]]:
-    """Where the search starts: up from the fewest bits, down from the most, and the uniform settings that fit."""
+    """Where the search starts: up from the fewest bits and from the uniform settings that fit, down from the most, and
+    those uniform settings themselves."""
     everywhere = set.intersection(*(set(group.bits) for group in groups))
     uniform = [(choice,) * len(groups) for choice in sorted(everywhere, key=str)]
     fitting = [chosen for chosen in uniform if average_bits(groups, chosen) <= budget + _EPSILON]
@@ -224,7 +225,8 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
     None: in memory.
 
     Raises:
-        ValueError: where there is such a study already and ``resume`` does not say to go on with it.
+        ValueError: where there is such a study already and ``resume`` does not say to go on with it, or the storage
+            cannot be opened.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -232,9 +234,9 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place: Any = storage
-    if storage is not None and "://" not in storage:
-        place = JournalStorage(JournalFileBackend(storage))
     try:
+        if storage is not None and "://" not in storage:
+            place = JournalStorage(JournalFileBackend(storage))
         study = optuna.create_study(
             storage=place, study_name=name, directions=["minimize", "minimize"], load_if_exists=resume
         )
@@ -242,6 +244,8 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
         raise ValueError(
             f"storage: {storage} has a study {name!r} already; allowed: resume it, or name another"
         ) from error
+    except Exception as error:  # each kind of storage has its own errors
+        raise ValueError(f"storage: {storage} cannot be opened: {str(error).splitlines()[0]}") from error
     if seed is not None:
         seed = (seed + 1000 * len(study.trials)) % 2**32  # what is resumed would else suggest the same once more
     study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kivicache.evaluation_report import pyplot
+from kivicache.evaluation_report import pyplot, save
 from kivicache.sensitivity import Choice, Unit
 from kivicache.tuning import Point, TuningResult
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def render_tuning(result: TuningResult, console: Console) -> None:
-    """Print the tuned setting among the uniform ones of about its bits, and how often each choice was taken."""
+    """Print the tuned setting among the uniform ones of up to a bit more, and how often each choice was taken."""
     from rich import box
     from rich.table import Table
 
@@ -68,9 +68,7 @@ def plot_front(result: TuningResult, path: Path) -> Path:
     plot_uniform(axes, [p for p in result.measured.uniform if p.loss > 0 and p.bits <= result.settings.budget + 2])
     axes.axvline(result.settings.budget, color="#888888", linewidth=0.8, linestyle="--", label="budget")
     finish_front(axes, "loss (less is better)")
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_uniform(axes: Axes, points: list[Point]) -> None:
@@ -108,6 +106,4 @@ def plot_sensitivity(result: TuningResult, path: Path) -> Path:
     axes.set_xticks(range(0, len(units), every), labels[::every], fontsize=7, rotation=90 if len(units) > 40 else 0)
     axes.set_xlabel("layer" if units[0][1] is None else "layer.head")
     figure.colorbar(image, label="log10 of the relative error\nof the attention output, e_o")
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
-    return path
+    return save(figure, path)

@@ -11,6 +11,7 @@ import kivicache
 
 PACKAGE = Path(kivicache.__file__).parent
 ORDER = [  # a module imports only from those above it
+    "files",
     "config",
     "policy",
     "memory",

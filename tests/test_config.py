@@ -172,6 +172,15 @@ def test_refuses_by_name(settings, words, tmp_path):
     assert str(from_dict.value) in str(from_yaml.value)
 
 
+def test_merge_keys_are_followed(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "layers:\n  0: &a {nbits_key: 8, nbits_value: 4}\n  1: &b {<<: *a, nbits_value: 2}\n  2: {<<: *b}\n"
+    )
+    config = KIVIConfig.from_yaml(path)
+    assert [(layer.nbits_key, layer.nbits_value) for layer in map(config.layer, range(3))] == [(8, 4), (8, 2), (8, 2)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from rich.console import Console
 from kivicache import KIVIConfig
 from kivicache.__main__ import main
 from kivicache.evaluation import evaluate
-from kivicache.evaluation_report import render, report
+from kivicache.evaluation_report import render, report, write_csv
+from kivicache.tasks import parse_task
 from tests.tiny import VOCAB, tiny_llama, word_tokenizer
 
 CACHES = ["dynamic", "kivi:16", "kivi:2:g8:r8:s4", "kivi:8:g8:r8:s4", "hf-fp8"]
@@ -137,6 +139,7 @@ def test_tables_and_files(fidelity, tmp_path):
     results, _ = run(CACHES, [fidelity, PASSKEY])
     files = report(results, tmp_path, "tiny")
     assert [file.name for file in files] == ["fidelity.csv", "fidelity.png", "passkey.csv", "passkey.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
     lines = files[0].read_text().splitlines()
     assert lines[0].startswith("# tiny, fidelity:data=words.txt,sequences=3,") and "torch" in lines[0]
     for row, result in zip(csv.DictReader(lines[1:]), results[:5], strict=True):
@@ -148,6 +151,13 @@ def test_tables_and_files(fidelity, tmp_path):
     shown = console.file.getvalue()
     assert all(shown.count(cache) >= 2 for cache in CACHES)
     assert f"{results[2].metrics['perplexity']:.2f}" in shown
+
+
+def test_a_dataset_by_name_is_written_in_full(tmp_path):
+    results, _ = run(["dynamic"], [PASSKEY])
+    task = parse_task("longbench:data=owner/name/config")
+    path = write_csv([replace(results[0], task=task)], tmp_path / "table.csv", "tiny")
+    assert "data=owner/name/config," in path.read_text()
 
 
 def test_the_command_line(folder, fidelity, tmp_path, capsys, monkeypatch):
@@ -171,6 +181,7 @@ def test_the_command_line(folder, fidelity, tmp_path, capsys, monkeypatch):
         (("--task", "speed"), "task: got 'speed'"),
         (("--task", "fidelity:data=no-such.txt"), "data: got 'no-such.txt'; allowed: a file, or OWNER/NAME"),
         (("--limit", "0"), "--limit: got '0'"),
+        (("--out", __file__), f"--out: got the file {__file__}; allowed: a folder"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, said, folder, tmp_path, capsys):

@@ -136,6 +136,11 @@ def test_the_command_line_knows_the_model(local_task):
     assert "|words" in done.stdout and "nbits" in done.stdout
 
 
+def test_an_answer_that_is_longer_than_the_model_reads_is_refused():
+    with pytest.raises(ValueError, match="max_length: got 120; allowed: 130, the longest answer"):
+        harness()._loglikelihood_tokens([(None, [3], [3] * 130)], disable_tqdm=True)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

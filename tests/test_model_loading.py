@@ -10,6 +10,7 @@ import torch
 
 from kivicache import models
 from kivicache.__main__ import main
+from tests.tiny import tiny_llama, word_tokenizer
 
 
 def write(text):
@@ -115,3 +116,18 @@ def test_the_embedded_model_loads_the_same_from_gguf_and_from_its_copy(tmp_path,
     answer = again.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
     assert again.name_or_path == models.EMBEDDED
+
+
+@pytest.mark.parametrize(("file", "content"), [("model.safetensors", b"short"), ("config.json", b"[1]")])
+def test_a_damaged_model_is_refused_in_one_line(file, content, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    assert main(["demo", "--model", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"model '{tmp_path}' cannot be loaded: " in err and err.count("\n") == 1
+
+
+def test_models_of_one_name_have_fingerprints_of_their_own():
+    one, other = (tiny_llama(seed=seed) for seed in (0, 1))
+    assert models.fingerprint(one) == models.fingerprint(one) != models.fingerprint(other)

@@ -59,7 +59,7 @@ class GSM8K(Task, name="gsm8k"):
 
 
 def final_number(answer: str) -> str | None:
-    """The number behind ``####``, or else the last number, without commas and a trailing ".0"; None: there is none."""
+    """The number behind ``####``, or else the last one, without commas and decimals' last zeros; None: no number."""
     marked = re.search(r"####\s*\$?(.*)", answer)
     numbers = _NUMBER.findall(marked[1] if marked else answer)
     if not numbers:
