@@ -86,12 +86,14 @@ class TaskErrors:
     """The part of a task, GSM8K for one, that the model fails: 1 minus the task's first metric.
 
     Raises:
-        ValueError: where the task compares with full precision instead of counting right answers.
+        ValueError: where the task compares with full precision instead of counting right answers, or its data cannot
+            be asked.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task):
         if task.needs_exact:
             raise ValueError(f"task: got {task.label!r}; allowed: a task with right answers, such as gsm8k:data=FILE")
+        evaluate(model, tokenizer, [], [task])  # says now what is wrong with the task's data
         self.model, self.tokenizer, self.task, self.name = model, tokenizer, task, str(task)
 
     def __call__(self, config: KIVIConfig) -> float:
