@@ -237,7 +237,7 @@ def _notes(result: Comparison) -> list[str]:
     full, kivi = result.full_precision.memory, result.kivi.memory
     notes = [f"KIVICache takes {kivi.bits_per_value / full.bits_per_value:.0%} of DynamicCache's bits per value."]
     if not kivi.packed_values:
-        notes.append("Nothing was packed: the text is no longer than what stays exact, or all of it is kept in full precision.")
+        notes.append("Nothing was packed: the text is no longer than what stays exact, or no layer is to be packed.")
     if result.device == "cpu":
         notes.append("On a CPU every step unpacks the whole cache: it saves memory, not time.")
     return notes
