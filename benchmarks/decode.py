@@ -11,7 +11,6 @@ copying as many bytes; the host's time per layer and step; and the seconds that 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.decode_host import first_call_row, host_cases, host_row
 from benchmarks.decode_plot import plot
-from benchmarks.harness import attempt
+from benchmarks.harness import Table, attempt
 from kivicache import KIVIConfig, __version__
 from kivicache.attention import PackedStates, fused_attention
 from kivicache.layer import KIVILayer
@@ -203,23 +202,15 @@ def attention_rows(cases: list[Case]) -> Rows:
     return [({key: str(getattr(case, key)) for key in shape}, partial(attention_row, case)) for case in cases]
 
 
-def measure(
-    name: str, cases: list[tuple[dict[str, str], Callable[[], dict[str, str]]]], path: Path, head: str
-) -> bool:
-    """Write and print the table of ``cases``, as (what it is, how to measure it); whether all went well."""
-    rows = []
+def measure(cases: Rows, path: Path, machine: str) -> bool:
+    """Write the table of ``cases``, but for rows that are there already; whether all went well."""
+    table = Table(path, list(cases[0][0]), machine)
     for key, run in cases:
-        rows.append(key | attempt(run, LIMIT))
-        print(f"{name}:", *(f"{column} {value}" for column, value in rows[-1].items()), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {head}\n")
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return all(row["status"] == "ok" for row in rows)
+        if not table.has(key):
+            table.add(key | attempt(run, LIMIT))
+            gc.collect()
+            torch.cuda.empty_cache()
+    return all(row["status"] == "ok" for row in table.rows)
 
 
 PARTS: dict[str, Callable[[], Rows]] = {
@@ -241,15 +232,15 @@ def main() -> None:
     parts, failed = [args.only] if args.only else list(PARTS), []
     if not args.plot:
         args.out.mkdir(exist_ok=True, parents=True)
-        head = (
+        machine = (
             f"{torch.cuda.get_device_name()}, kivicache {__version__} {args.commit}, torch {torch.__version__}, "
             f"triton {triton.__version__}, transformers {transformers.__version__}; bfloat16, {HEADS} query heads; "
             "unless said otherwise groups of 32, 8 kv heads, head_dim 128, 32 sinks, at least 128 residual tokens"
         )
-        print(head, flush=True)
+        print(machine, flush=True)
         for name in parts:
             path = args.out / f"decode_{name.replace('-', '_')}.csv"
-            if not measure(name, PARTS[name](), path, head):
+            if not measure(PARTS[name](), path, machine):
                 failed.append(name)
     for name in {"attention", "formats"}.intersection(parts):
         if (args.out / f"decode_{name}.csv").exists():

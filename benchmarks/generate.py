@@ -196,23 +196,8 @@ def largest(fits_with: Callable[[int], bool], step: int, stop: int) -> int:
     return low
 
 
-GRID = (
-    ["model", "layers", "cache", "batch", "prompt", "new"],
-    [
-        "status",
-        "prefill_ms",
-        "step_ms",
-        "step_p90_ms",
-        "decode_tokens_per_s",
-        "total_tokens_per_s",
-        "first_run_s",
-        "graphs",
-        "cudagraph_skips",
-        "peak_gib",
-        "peak_without_weights_gib",
-    ],
-)
-FIT = (["model", "layers", "cache", "memory_gib", "fit", "of"], ["status", "largest", "seconds"])
+GRID = ["model", "layers", "cache", "batch", "prompt", "new"]
+FIT = ["model", "layers", "cache", "memory_gib", "fit", "of"]
 
 
 def run_grid(args: argparse.Namespace, model: PreTrainedModel, key: dict[str, str]) -> dict[str, str]:
@@ -296,8 +281,8 @@ def main() -> None:
         f"{torch.__version__}, transformers {transformers.__version__}; bfloat16, greedy, random tokens"
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    name, columns, run = ("generate", GRID, run_grid) if args.fit is None else ("generate_fit", FIT, run_fit)
-    table = Table(args.out / f"{name}.csv", *columns, machine)
+    name, keys, run = ("generate", GRID, run_grid) if args.fit is None else ("generate_fit", FIT, run_fit)
+    table = Table(args.out / f"{name}.csv", keys, machine)
     model = load(args.model, args.layers, args.device)
     print(f"{machine}; weights {weights(model) / 2**30:.2f} GiB; ready after {time.perf_counter() - begin:.0f} s")
     for key in cases(args, model.config.num_hidden_layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,16 @@ def attempt(run: Callable[[], dict[str, str]], limit: int) -> dict[str, str]:
 
 
 class Table:
-    """A CSV with the machine in its first line, replaced at each row."""
+    """A CSV with the machine in its first line, replaced at each row, and printed row by row.
 
-    def __init__(self, path: Path, keys: list[str], columns: list[str], machine: str):
-        self.path, self.keys, self.columns, self.machine = path, keys, [*keys, *columns], machine
+    Args:
+        path: of the file; rows that are there already are kept, where they are of the same machine.
+        keys: the columns that say what a row is of.
+        machine: what the rows were measured on, and with what.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str], machine: str):
+        self.path, self.keys, self.machine = path, keys, machine
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(encoding="utf-8") as file:
@@ -85,10 +91,10 @@ class Table:
         return any(all(row[name] == key[name] for name in self.keys) for row in self.rows)
 
     def add(self, row: dict[str, str]) -> None:
-        self.rows.append({name: row.get(name, "") for name in self.columns})
+        self.rows.append(row)
         with replacing(self.path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
             file.write(f"# {self.machine}\n")
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)), restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        print("  ".join(f"{name} {value}" for name, value in self.rows[-1].items() if value), flush=True)
+        print("  ".join(f"{name} {value}" for name, value in row.items() if value), flush=True)

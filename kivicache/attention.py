@@ -75,8 +75,8 @@ class PackedStates(Tensor):
         query: Tensor,
         value: PackedStates,
         attention_mask: Tensor | None,
-        scaling: float | None,
-        softcap: float | None,
+        scaling: float,
+        softcap: float,
         s_aux: Tensor | None,
     ) -> Tensor:
         """[`fused_attention`] with these keys."""
@@ -96,7 +96,7 @@ class PackedStates(Tensor):
                 rotated=keys.rotation is not None,
                 mask=attention_mask,
                 scale=scaling,
-                softcap=softcap or 0.0,
+                softcap=softcap,
                 s_aux=s_aux,
             )
 
@@ -202,7 +202,9 @@ def kivi_attention_forward(
         ``[batch, query_length, heads, head_dim]`` and None, as there are no weights.
     """
     biased = kwargs.get("position_bias") is not None
-    if not biased and dropout == 0 and not query_reasons(query, key, value, attention_mask, scaling):
+    causal = attention_mask is None and query.shape[2] > 1  # as sdpa means it where there is no mask
+    plain = not biased and not causal and dropout == 0
+    if plain and not query_reasons(query, key, value, attention_mask, scaling, s_aux):
         return fused_attention(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2), None
     key, value = _as_dense(key), _as_dense(value)
     if s_aux is None and softcap is None:
@@ -259,7 +261,8 @@ def fused_attention(
         ``[batch, heads, query_length, head_dim]`` of the values, of the query's dtype.
     """
     assert isinstance(key, PackedStates) and isinstance(value, PackedStates)
-    return key.fused(query, value, attention_mask, scaling, softcap, s_aux)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return key.fused(query, value, attention_mask, scaling, abs(float(softcap or 0.0)), s_aux)
 
 
 def store_tokens(keys: TokenBuffer, values: TokenBuffer, key_states: Tensor, value_states: Tensor) -> None:
@@ -301,7 +304,12 @@ def _head_pairs(
 
 
 def query_reasons(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    s_aux: Tensor | None = None,
 ) -> list[str]:
     """Why the fused attention cannot serve this query; empty where it can."""
     if not (isinstance(key, PackedStates) and isinstance(value, PackedStates)):
@@ -311,13 +319,14 @@ def query_reasons(
         reasons.append(f"scaling is {scaling}")
     if query.dtype != key.dtype:
         reasons.append(f"query is {query.dtype}, keys are {key.dtype}")
-    if query.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, attention_mask, s_aux)):
         reasons.append("the fused attention has no backward pass")
+    if query.shape[0] != key.shape[0]:
+        reasons.append(f"query has {query.shape[0]} sequences, keys have {key.shape[0]}")
     if attention_mask is not None and (
         attention_mask.dim() != 4
         or attention_mask.shape[-1] != key.shape[-2]
-        or attention_mask.shape[1] not in (1, query.shape[1])
-        or attention_mask.requires_grad
+        or any(attention_mask.shape[dim] not in (1, query.shape[dim]) for dim in range(3))
     ):
         reasons.append(f"attention_mask has shape {list(attention_mask.shape)}")
     return reasons
@@ -330,10 +339,12 @@ def layer_reasons(keys: KIVIStates, values: KIVIStates) -> list[str]:
         [] if device.type in FUSED_DEVICES else [f"the device is {device.type}, not {' or '.join(FUSED_DEVICES)}"]
     )
     reasons += missing_triton()
-    states = keys.residual.data
-    if states.dtype not in FUSED_DTYPES:
-        reasons.append(f"the dtype is {states.dtype}")
-    if max(states.shape[3], values.residual.data.shape[3]) > MAX_HEAD_DIM:
+    dtypes = [states.residual.data.dtype for states in (keys, values)]
+    if dtypes[0] != dtypes[1]:
+        reasons.append(f"keys are {dtypes[0]}, values are {dtypes[1]}")
+    if dtypes[0] not in FUSED_DTYPES:
+        reasons.append(f"the dtype is {dtypes[0]}")
+    if max(states.residual.data.shape[3] for states in (keys, values)) > MAX_HEAD_DIM:
         reasons.append(f"head_dim is over {MAX_HEAD_DIM}")
     exact = [[isinstance(store, TokenBuffer) for _, store in side.packed] for side in (keys, values)]
     if all(exact[0]) and all(exact[1]):

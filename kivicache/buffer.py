@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class TokenBuffer:
     def __init__(self, like: Tensor, width: int | None = None, dtype: torch.dtype | None = None):
         """An empty buffer with the batch, heads, device, and unless given width and dtype, of ``like``."""
         shape = (like.shape[0], like.shape[1], 0, width or like.shape[3])
-        with _ordinary_tensors():
+        with ordinary_tensors():
             self._hold(torch.empty(shape, dtype=dtype or like.dtype, device=like.device))
         self.start = self.stop = 0
 
@@ -49,6 +50,11 @@ class TokenBuffer:
         self.row_bytes = by_token * data.element_size()
         contiguous = by_channel == 1 and by_token == data.shape[3]
         self._aligned = contiguous and (data.data_ptr() | by_batch | by_head) % 16 == 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy, or what was pickled: its tensor lies elsewhere, and may come from inference mode."""
+        self.__dict__.update(state)
+        self._hold(as_ordinary(self.data))
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -111,11 +117,11 @@ class TokenBuffer:
 
     def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         """Replace the content by ``select`` of it, which may change the batch dimension alone."""
-        with _ordinary_tensors():
+        with ordinary_tensors():
             self._hold(select(self.data).contiguous())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
-        with _ordinary_tensors():
+        with ordinary_tensors():
             self._hold(self.data.to(device, non_blocking=non_blocking))
 
     @property
@@ -131,7 +137,7 @@ class TokenBuffer:
     def _reallocate(self, length: int) -> None:
         batch, heads, _, width = self.data.shape
         capacity = -(-(length + length // GROWTH) // ALIGNMENT) * ALIGNMENT
-        with _ordinary_tensors():
+        with ordinary_tensors():
             data = self.data.new_empty(batch, heads, capacity, width)
             data[:, :, : len(self)] = self.read()
         self.start, self.stop = 0, len(self)
@@ -139,6 +145,13 @@ class TokenBuffer:
 
 
 @contextmanager
-def _ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
+    """What is made here can be written to also outside of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def as_ordinary(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy of it where only inference mode could write to it."""
+    with ordinary_tensors():
+        return tensor.clone() if tensor.is_inference() else tensor

@@ -16,7 +16,7 @@ from kivicache.attention import layer_reasons
 from kivicache.buffer import TokenBuffer
 from kivicache.config import LayerConfig
 from kivicache.fixed_attention import FixedPackedStates, append_step
-from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates
+from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates, static
 from kivicache.layer import KIVILayer, check_pair
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
@@ -37,6 +37,7 @@ class FixedKIVILayer(KIVILayer):
     """
 
     is_compileable = True
+    _lengths: Tensor  # int32 on the device, see fixed_states.py
 
     def __init__(self, config: LayerConfig, max_cache_len: int, model_config: PreTrainedConfig | None = None):
         self.max_cache_len = _checked_capacity(config, max_cache_len)
@@ -44,6 +45,12 @@ class FixedKIVILayer(KIVILayer):
         self._stores: tuple[FixedStates, FixedStates] | None = None
         super().__init__(config)
         self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy, or what was pickled: its tensors are made ready for steps, see [`static`]."""
+        self.__dict__.update(state)
+        if self._stores is not None:
+            self._lengths = static(self._lengths)
 
     def _forget(self) -> None:
         self._is_empty = True
@@ -70,8 +77,10 @@ class FixedKIVILayer(KIVILayer):
         return FixedPackedStates.of(keys, self._lengths), FixedPackedStates.of(values, self._lengths)
 
     def _steps(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether these tokens are a step on buffers that are there."""
+        """Whether these tokens are a step on buffers that are there, through which no gradient is to pass."""
         if not self.is_initialized or not 0 < key_states.shape[2] <= MAX_STEP_LENGTH:
+            return False
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return False
         check_pair(key_states, value_states)
         return self._fits(key_states, value_states)
@@ -103,9 +112,7 @@ class FixedKIVILayer(KIVILayer):
             nbits = (self.config.nbits_key, self.config.nbits_value)[length - KEYS]
             stores.append(FixedStates(like, nbits, length, self.config, self.max_cache_len))
         self._stores = stores[0], stores[1]
-        with torch.inference_mode(False):
-            self._lengths = torch.zeros(6, dtype=torch.int32, device=key_states.device)
-        torch._dynamo.mark_static_address(self._lengths, guard=False)
+        self._lengths = static(torch.zeros(6, dtype=torch.int32, device=key_states.device))
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self._dense_reasons = layer_reasons(*(self._host_states(store, 0, 0, 0) for store in self._stores))
         # the step in torch operations otherwise; the attention is fused all the same
@@ -207,7 +214,7 @@ class FixedKIVILayer(KIVILayer):
             return states[side].read()
 
     def _refuse_assignment(self, name: str, states: Tensor | None) -> None:
-        if states is not None:
+        if states is not None or self._stores is not None:
             raise ValueError(
                 f"{name}: a KIVICache(max_cache_len=...) cannot be assigned; allowed: update, crop, reset"
             )
@@ -220,12 +227,7 @@ class FixedKIVILayer(KIVILayer):
         between leaves the layer as it was.
         """
         assert self._stores is not None
-        lengths = [0] * 6 if self._is_empty else self._lengths.tolist()
-        if lengths[REFUSED]:
-            raise ValueError(
-                f"max_cache_len: got {self.max_cache_len}, and {lengths[REFUSED]} compiled steps on a full cache, "
-                "whose tokens are not cached; allowed: as many tokens as fit"
-            )
+        lengths = [0] * 6 if self._is_empty else self._read_lengths()
         states = [
             self._host_states(store, lengths[SINKS], lengths[store.format.length], lengths[TOTAL])
             for store in self._stores
@@ -235,9 +237,10 @@ class FixedKIVILayer(KIVILayer):
         self._keys, self._values = states
         try:
             yield states[0], states[1]
+            keys, values = self._keys, self._values
         finally:
             self._keys = self._values = None
-        self._keep(states[0], states[1])
+        self._keep(keys, values)
 
     def _keep(self, keys: KIVIStates, values: KIVIStates) -> None:
         assert self._stores is not None
@@ -282,10 +285,19 @@ class FixedKIVILayer(KIVILayer):
         """
         self._most += new
         if self._most > self.max_cache_len:
-            cached = int(self._lengths[TOTAL])
+            cached = self._read_lengths()[TOTAL]
             self._most = cached
             self._check_room(cached + new, new)
             self._most = cached + new
+
+    def _read_lengths(self) -> list[int]:
+        lengths: list[int] = self._lengths.tolist()
+        if lengths[REFUSED]:
+            raise ValueError(
+                f"max_cache_len: got {self.max_cache_len}, and {lengths[REFUSED]} compiled steps on a full cache, "
+                "whose tokens are not cached; allowed: as many tokens as fit"
+            )
+        return lengths
 
     def _check_room(self, total: int, new: int) -> None:
         if total > self.max_cache_len:

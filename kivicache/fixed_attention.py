@@ -64,8 +64,8 @@ class FixedPackedStates(PackedStates):
         query: Tensor,
         value: PackedStates,
         attention_mask: Tensor | None,
-        scaling: float | None,
-        softcap: float | None,
+        scaling: float,
+        softcap: float,
         s_aux: Tensor | None,
     ) -> Tensor:
         assert isinstance(value, FixedPackedStates)
@@ -76,8 +76,8 @@ class FixedPackedStates(PackedStates):
             self.kivi_lengths,
             attention_mask,
             s_aux,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap or 0.0,
+            scaling,
+            softcap,
             [self.form.nbits, value.form.nbits],
             [self.form.group_size, value.form.group_size],
             self.form.axis,

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kivicache.buffer import as_ordinary, ordinary_tensors
 from kivicache.config import LayerConfig
 from kivicache.packing import pack, unpack, words_per_token
 from kivicache.policy import packed_lengths
@@ -23,6 +25,7 @@ from kivicache.rotation import hadamard, rotation_block
 MAX_STEP_LENGTH = 16
 # int32 entries of `lengths`: sinks, packed keys, packed values, all tokens; steps that found no room; work for kernels
 SINKS, KEYS, VALUES, TOTAL, REFUSED, TICKET = range(6)
+_TENSORS = ("sinks", "codes", "scale", "minimum", "residual")
 ROW_ALIGNMENT = 16  # so that the rows of every head start where kernels can load 16 elements at once
 
 
@@ -97,11 +100,7 @@ class FixedStates:
         groups_width = head_dim if axis == "channel" else -(-head_dim // form.group_size)
 
         def zeros(tokens: int, width: int, dtype: torch.dtype = like.dtype) -> Tensor:
-            # an ordinary tensor also under inference mode: a cache filled there must stay writable outside
-            with torch.inference_mode(False), torch.no_grad():
-                tensor = torch.zeros(batch, kv_heads, tokens, width, dtype=dtype, device=like.device)
-            torch._dynamo.mark_static_address(tensor, guard=False)  # fresh buffers are no reason to compile again
-            return tensor
+            return static(torch.zeros(batch, kv_heads, tokens, width, dtype=dtype, device=like.device))
 
         self.sinks = zeros(config.sink_length + MAX_STEP_LENGTH, head_dim)
         rows = form.residual_capacity + MAX_STEP_LENGTH
@@ -113,25 +112,31 @@ class FixedStates:
 
         self.signature = astuple(form)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy, or what was pickled."""
+        self.__dict__.update(state)
+        for name in _TENSORS:
+            setattr(self, name, static(getattr(self, name)))
+
     @classmethod
     def view(cls, tensors: Sequence[Tensor], form: FixedFormat) -> FixedStates:
         """States in tensors that are there."""
         states = cls.__new__(cls)
         states.format, states.signature = form, astuple(form)
-        states.sinks, states.codes, states.scale, states.minimum, states.residual = tensors
+        for name, tensor in zip(_TENSORS, tensors, strict=True):
+            setattr(states, name, tensor)
         return states
 
     def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor's content by ``select`` of it; the tensor too, where the batch changes."""
-        for name in ("sinks", "codes", "scale", "minimum", "residual"):
+        for name in _TENSORS:
             tensor = getattr(self, name)
-            with torch.inference_mode(False), torch.no_grad():
+            with ordinary_tensors():
                 selected = select(tensor)
                 if selected.shape == tensor.shape:
                     tensor.copy_(selected)
                 else:
-                    torch._dynamo.mark_static_address(selected, guard=False)
-                    setattr(self, name, selected)
+                    setattr(self, name, static(selected))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -187,6 +192,13 @@ class FixedStates:
         codes = unpack(self.codes, form.nbits, form.head_dim)
         states = dequantize(codes, self.scale, self.minimum, form.group_size, form.axis)
         return (states if form.rotation is None else hadamard(states)).to(self.residual.dtype)
+
+
+def static(tensor: Tensor) -> Tensor:
+    """``tensor`` for steps to write to: in place, outside of inference mode too, and without compiling again."""
+    tensor = as_ordinary(tensor)
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
 
 
 def append(keys: FixedStates, values: FixedStates, lengths: Tensor, key_states: Tensor, value_states: Tensor) -> None:

@@ -107,15 +107,14 @@ class KIVILayer(DynamicLayer):
         """Remove the newest ``-tokens_to_remove`` tokens; 0 changes nothing.
 
         Raises:
-            ValueError: for a positive number, which transformers 5.20 no longer allows.
+            ValueError: for a positive number, which transformers 5.20 no longer allows, or one that is not whole.
         """
-        if tokens_to_remove > 0:
+        if not hasattr(tokens_to_remove, "__index__") or tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove: got {tokens_to_remove}; allowed: 0, or a negative number of tokens to remove"
+                f"tokens_to_remove: got {tokens_to_remove!r}; allowed: 0, or a negative number of tokens to remove"
             )
         if tokens_to_remove < 0:
-            for states in self._states():
-                states.crop(max(len(states) + tokens_to_remove, 0))
+            self._change(lambda states: states.crop(max(len(states) + tokens_to_remove, 0)))
 
     def reset(self) -> None:
         """Forget everything: the layer is as new."""
@@ -136,13 +135,11 @@ class KIVILayer(DynamicLayer):
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        for states in self._states():
-            states.to("cpu", non_blocking=True)
+        self._change(lambda states: states.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move everything back to the layer's device."""
-        for states in self._states():
-            states.to(self.device, non_blocking=True)
+        self._change(lambda states: states.to(self.device, non_blocking=True))
 
     def dense_reasons(self) -> list[str]:
         """Why new tokens attend to this layer's dense tensors instead of its packed bytes; empty where they do not."""
@@ -231,13 +228,24 @@ class KIVILayer(DynamicLayer):
                     f"{name}: got shape {list(states.shape)}; allowed: [{batch}, {kv_heads}, new_tokens, {head_dim}], "
                     "as cached"
                 )
-            if states.dtype != cached.residual.data.dtype:
-                raise ValueError(f"{name}: got {states.dtype}; allowed: {cached.residual.data.dtype}, as cached")
+            for given, allowed in (
+                (states.dtype, cached.residual.data.dtype),
+                (states.device, cached.residual.data.device),
+            ):
+                if given != allowed:
+                    raise ValueError(f"{name}: got {given}; allowed: {allowed}, as cached")
         return self._keys, self._values
 
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
-        for states in self._states():
-            states.map_batch(select)
+        self._change(lambda states: states.map_batch(select))
+
+    def _change(self, change: Callable[[KIVIStates], None]) -> None:
+        """Change keys and values, both or none; what an update returned earlier stays as it was."""
+        changed = [None if states is None else states.snapshot() for states in (self._keys, self._values)]
+        for states in changed:
+            if states is not None:
+                change(states)
+        self._keys, self._values = changed
 
     def _states(self) -> Iterator[KIVIStates]:
         return (states for states in (self._keys, self._values) if states is not None)

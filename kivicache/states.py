@@ -131,7 +131,9 @@ class KIVIStates:
         for _, store in self.packed:
             store.truncate(whole)
         self.sinks.truncate(length)
-        self.residual.append(cut)
+        if cut.shape[2]:  # the residual is empty; its memory may be that of an earlier snapshot
+            self.residual = TokenBuffer(cut)
+            self.residual.append(cut)
 
     def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by ``select`` of it, which may change the batch dimension alone."""

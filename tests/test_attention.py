@@ -71,6 +71,26 @@ def test_what_was_handed_out_does_not_change_when_tokens_are_packed_or_added(fus
         assert torch.equal(keys.dense(), expected), step
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.crop(-12),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: [side.to("meta") for side in layer._states()] if layer.offload() else None,
+    ],
+    ids=["crop", "reorder", "offload"],
+)
+def test_what_was_handed_out_does_not_change_with_the_cache(fused_on_the_cpu, change):
+    layer = KIVILayer(KIVIConfig(nbits=4, **SMALL).layer(0))
+    states, token = torch.randn(2, 2, 47, 64), torch.randn(2, 2, 1, 64)
+    layer.update(states, states)
+    expected = torch.cat([layer.keys, token], dim=2)
+    keys, _ = layer.update(token, token)
+    assert isinstance(keys, PackedStates)
+    change(layer)
+    assert keys.kivi_states is not layer._keys and torch.equal(keys.dense(), expected)
+
+
 GRID = {  # name: (query heads, query tokens, mask, config)
     "gqa": (6, 1, None, KIVIConfig(nbits=2, **SMALL)),
     "mha_padded": (2, 1, "bool", KIVIConfig(nbits_key=4, nbits_value=2, **SMALL)),
@@ -218,3 +238,32 @@ def test_decode_on_a_gpu_is_the_dense_path_within_rounding(monkeypatch, dtype, n
     # Random weights amplify rounding, and a code that turns over is a step of 2 bits: the kernel's own error is held
     # far tighter in its own tests.
     assert (fused - dense).norm() / dense.norm() < (0.08 if dtype == torch.float16 else 0.2)
+
+
+def test_queries_that_the_fused_attention_does_not_serve(fused_on_the_cpu):
+    """They are served all the same, or refused, as ``scaled_dot_product_attention`` does with dense tensors."""
+    (keys, values), (dense_keys, dense_values) = packed()
+    query, weights = torch.randn(2, 4, 3, 64), torch.nn.Parameter(torch.zeros(4))
+
+    def reasons(query=query, mask=None, s_aux=None):
+        return attention.query_reasons(query, keys, values, mask, None, s_aux)
+
+    assert not reasons() and not reasons(mask=torch.ones(1, 1, 1, 45, dtype=torch.bool))
+    assert "mask" in reasons(mask=torch.ones(3, 1, 3, 45, dtype=torch.bool))[0]
+    assert "mask" in reasons(mask=torch.ones(2, 1, 5, 45, dtype=torch.bool))[0]
+    assert "sequences" in reasons(query[:1])[0]
+    assert "backward" in reasons(s_aux=weights)[0]
+    one = scaled_dot_product_attention(query[:1], keys, values, enable_gqa=True)
+    assert torch.allclose(
+        one, scaled_dot_product_attention(query[:1], dense_keys, dense_values, enable_gqa=True), atol=1e-5
+    )
+    # without a mask, several queries of a causal layer are dealt with as sdpa does
+    given, _ = kivi_attention_forward(_Attention(), query, keys, values, None)
+    expected, _ = kivi_attention_forward(_Attention(), query, dense_keys, dense_values, None)
+    assert torch.allclose(given, expected, atol=1e-5)
+
+
+def test_a_layer_of_two_dtypes_takes_the_dense_path(fused_on_the_cpu):
+    layer = KIVILayer(KIVIConfig(nbits=4, **SMALL).layer(0))
+    layer.update(torch.randn(1, 2, 60, 64).half(), torch.randn(1, 2, 60, 64))
+    assert layer.dense_reasons() == ["keys are torch.float16, values are torch.float32"]

@@ -1,5 +1,7 @@
 import copy
+import pickle
 
+import pytest
 import torch
 
 from kivicache.buffer import ALIGNMENT, GROWTH, TokenBuffer
@@ -83,3 +85,13 @@ def test_a_copy_is_independent():
     other.truncate(2)
     other.append(tokens(2))
     assert torch.equal(buffer.read(), before) and not torch.equal(other.read(), before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))])
+def test_a_copy_made_in_inference_mode_stays_writable_outside(duplicate):
+    buffer = TokenBuffer(tokens(1))
+    buffer.append(tokens(4))
+    with torch.inference_mode():
+        other = duplicate(buffer)
+    other.append(tokens(1))
+    assert torch.equal(other.read()[:, :, :4], buffer.read()) and not other.data.is_inference()

@@ -1,6 +1,7 @@
 """The cache of fixed capacity against the growing one: same tokens, same bytes, compiled or not."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -232,6 +233,37 @@ def test_a_copy_is_independent():
         copied.update(states, states, 1)
     assert torch.equal(cache.layers[1].keys, before)
     assert copied.get_seq_length(1) == cache.get_seq_length(1) + 12
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_made_in_inference_mode_goes_on_outside(duplicate):
+    layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 100)
+    prompt_states, token = torch.randn(2, 1, 3, 40, 16), torch.randn(2, 1, 3, 1, 16)
+    layer.update(*prompt_states)
+    with torch.inference_mode():
+        other = duplicate(layer)
+    for _ in range(20):
+        layer.update(*token)
+        other.update(*token)
+    assert torch.equal(other.keys, layer.keys) and torch.equal(other.values, layer.values)
+
+
+def test_a_gradient_passes_through_a_step():
+    layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 100)
+    layer.update(torch.randn(1, 3, 40, 16), torch.randn(1, 3, 40, 16))
+    token = torch.randn(1, 3, 1, 16, requires_grad=True)
+    keys, values = layer.update(token, token)
+    (keys.sum() + values.sum()).backward()
+    assert torch.equal(token.grad, torch.full_like(token, 2.0)) and layer.get_seq_length() == 41
+
+
+def test_content_is_not_assigned():
+    layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 100)
+    layer.update(torch.randn(1, 3, 40, 16), torch.randn(1, 3, 40, 16))
+    for states in (None, torch.randn(1, 3, 8, 16)):
+        with pytest.raises(ValueError, match="keys: a KIVICache"):
+            layer.keys = states
+    assert layer.get_seq_length() == 40
 
 
 def test_a_step_under_torch_compile_itself():

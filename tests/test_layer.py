@@ -12,6 +12,7 @@ from kivicache import KIVIConfig
 from kivicache.backends.native import NativeBackend
 from kivicache.layer import KIVILayer
 from kivicache.packed import PackedTokens
+from kivicache.states import KIVIStates
 from tests.reference import ReferenceLayer, fake_quantize, rotate
 
 SMALL = {"group_size": 8, "residual_length": 16, "sink_length": 3}
@@ -265,6 +266,7 @@ REFUSED_STATES = {
     "lengths": ((states(1), states(2)), "value_states: got 2 tokens; allowed: 1"),
     "sequences": ((states(1), states(1, batch=1)), "value_states: got 1 sequences; allowed: 2"),
     "dtype": ((states(1).half(), states(1)), "key_states: got torch.float16; allowed: torch.float32"),
+    "device": ((states(1).to("meta"), states(1)), "key_states: got meta; allowed: cpu"),
     "dimensions": ((states(1)[0], states(1)), "key_states.*floating tensor \\[batch"),
     "integers": ((states(1).int(), states(1)), "key_states: got torch.int32"),
 }
@@ -313,6 +315,36 @@ def test_an_update_that_fails_midway_loses_nothing(monkeypatch, failing):
     assert_same(layer, reference)
     for tokens in (1, 20, 1):
         update_both(layer, reference, tokens)
+
+
+@pytest.mark.parametrize("given", [3, -1.5, None, "2"])
+def test_a_refused_crop(given):
+    layer = KIVILayer(CONFIGS["K4V2"].layer(0))
+    layer.update(states(20), states(20))
+    with pytest.raises(ValueError, match=r"tokens_to_remove: got .*; allowed"):
+        layer.crop(given)
+    assert layer.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder_cache", "offload"])
+def test_a_change_that_fails_midway_changes_nothing(monkeypatch, change):
+    layer = KIVILayer(CONFIGS["K4V2"].layer(0))
+    layer.update(states(53), states(53))
+    before = layer.keys, layer.values
+    calls = {"crop": (-20,), "reorder_cache": (torch.tensor([1, 0]),), "offload": ()}
+    method = {"crop": "crop", "reorder_cache": "map_batch", "offload": "to"}[change]
+    original, sides = getattr(KIVIStates, method), []
+
+    def fails_for_the_values(states, *args, **kwargs):
+        original(states, *args, **kwargs)
+        sides.append(states)
+        if len(sides) == 2:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(KIVIStates, method, fails_for_the_values)
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(layer, change)(*calls[change])
+    assert torch.equal(layer.keys, before[0]) and torch.equal(layer.values, before[1])
 
 
 def test_a_head_that_is_not_there_is_refused():

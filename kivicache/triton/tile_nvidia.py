@@ -124,8 +124,8 @@ def exp2(x):
 def row_powers(q, FIELDS: gl.constexpr):
     """The power of two that brings a query row's largest magnitude into [0.5, 1), and its inverse: [N] each.
 
-    q: the row's channels in FIELDS tensors [words, N], float32. A row below 2 ** -111, all zero for instance, is raised
-    by no more than 2 ** 110: a field's own power on top of that is still a number, and 0 times infinity would be none.
+    q: the row's channels in FIELDS tensors [words, N], float32. A row below 2 ** -111, all zero for instance, is
+    raised by no more than 2 ** 110: a field's own power on top of that is still a number, and 0 times infinity is not.
     """
     largest = gl.maximum(q[0], -q[0])
     for f in gl.static_range(1, FIELDS):
