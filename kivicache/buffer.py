@@ -52,7 +52,7 @@ class TokenBuffer:
         self._aligned = contiguous and (data.data_ptr() | by_batch | by_head) % 16 == 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A deep copy, or what was pickled: its tensor lies elsewhere, and may come from inference mode."""
+        """A deep copy, in this process or another: its tensor lies elsewhere, and may come from inference mode."""
         self.__dict__.update(state)
         self._hold(as_ordinary(self.data))
 

@@ -47,7 +47,7 @@ class FixedKIVILayer(KIVILayer):
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A deep copy, or what was pickled: its tensors are made ready for steps, see [`static`]."""
+        """A deep copy, in this process or another: its tensors are made ready for steps, see [`static`]."""
         self.__dict__.update(state)
         if self._stores is not None:
             self._lengths = static(self._lengths)

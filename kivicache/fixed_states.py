@@ -113,7 +113,7 @@ class FixedStates:
         self.signature = astuple(form)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A deep copy, or what was pickled."""
+        """A deep copy, in this process or another."""
         self.__dict__.update(state)
         for name in _TENSORS:
             setattr(self, name, static(getattr(self, name)))
