@@ -1,14 +1,16 @@
 """`generate` from end to end: KIVICache, growing and of fixed capacity, beside what transformers has, on one GPU.
 
     python -m benchmarks.generate --model llama-3.1-8b --batch 1 8 --prompt 1024 8192 --new 64
+    python -m benchmarks.generate --filled --batch 64 --prompt 32768 --caches kivi-2-fixed
     python -m benchmarks.generate --fit batch --prompt 32768
     python -m benchmarks.generate --plot
 
 Models are shapes with random weights, made on the device (speed and memory do not depend on the weights), or any model
 by name. A case is a model, a cache, a batch, a prompt and new tokens; rows are added to the table case by case, those
 that are there already are not measured again, and no case is begun once ``--budget`` seconds are over: so a long table
-can be made in slices. ``--fit`` looks for the largest batch, or the longest context, whose decode step fits: the cache
-is filled with random keys and values layer by layer, as a prompt would fill it, without the prompt's own attention.
+can be made in slices. With ``--filled`` the cache is given random keys and values for all but the prompt's last token,
+layer by layer as a prompt gives them: the decode steps are the same, without the minutes that long prompts take.
+``--fit`` looks for the largest batch, or the longest context, whose decode step fits behind a cache filled so.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ KIVI = {
     "kivi-2": KIVIConfig(nbits=2),
     "kivi-4": KIVIConfig(nbits=4),
     "kivi-k4v2": KIVIConfig(nbits_key=4, nbits_value=2),
+    "kivi-2-r32": KIVIConfig(nbits=2, residual_length=32, sink_length=4),
 }
 
 
@@ -129,11 +132,13 @@ def generate(model: PreTrainedModel, cache: Cache, input_ids: Tensor, new: int) 
     return start, clock.times
 
 
-def measure(model: PreTrainedModel, name: str, batch: int, prompt: int, new: int) -> dict[str, str]:
+def measure(model: PreTrainedModel, name: str, batch: int, prompt: int, new: int, filled: bool) -> dict[str, str]:
     """One case: a short run that compiles what is to be compiled, and then the one that counts."""
     make = partial(caches()[name], model.config, prompt + new)
     input_ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
     cache = make()
+    if filled:
+        fill(model, cache, batch, prompt - 1)
     start, times = generate(model, cache, input_ids, min(new, 8))
     first_run = times[-1] - start
     if cache.is_compileable:
@@ -141,17 +146,19 @@ def measure(model: PreTrainedModel, name: str, batch: int, prompt: int, new: int
     else:
         del cache
         cache = make()
+    if filled:
+        fill(model, cache, batch, prompt - 1)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start, times = generate(model, cache, input_ids, new)
     steps = [1000 * (b - a) for a, b in itertools.pairwise(times)]
     compiled = torch._dynamo.utils.counters
     row = {
-        "prefill_ms": f"{1000 * (times[0] - start):.1f}",
+        "prefill_ms": "" if filled else f"{1000 * (times[0] - start):.1f}",
         "step_ms": f"{statistics.median(steps):.2f}",
         "step_p90_ms": f"{sorted(steps)[int(0.9 * len(steps))]:.2f}",
         "decode_tokens_per_s": f"{batch * len(steps) / (times[-1] - times[0]):.1f}",
-        "total_tokens_per_s": f"{batch * new / (times[-1] - start):.1f}",
+        "total_tokens_per_s": "" if filled else f"{batch * new / (times[-1] - start):.1f}",
         "first_run_s": f"{first_run:.1f}",
         "graphs": str(compiled["stats"]["unique_graphs"]),
         "cudagraph_skips": str(compiled["inductor"]["cudagraph_skips"]),
@@ -159,30 +166,32 @@ def measure(model: PreTrainedModel, name: str, batch: int, prompt: int, new: int
     return row | peak(model)
 
 
-def fits(model: PreTrainedModel, name: str, batch: int, context: int) -> bool:
-    """Whether a cache with ``batch`` sequences of ``context`` tokens and a decode step fit into the memory."""
-    try:
-        fill_and_step(model, caches()[name](model.config, context), batch, context)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        release(model)
-    return True
-
-
 @torch.no_grad()
-def fill_and_step(model: PreTrainedModel, cache: Cache, batch: int, context: int) -> None:
+def fill(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> None:
+    """Random keys and values for ``tokens`` tokens, given as a prompt gives them: layer by layer."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (batch, config.num_key_value_heads, context - 2, head_dim)
+    shape = (batch, config.num_key_value_heads, tokens, head_dim)
     states = torch.randn(shape, dtype=model.dtype, device=model.device)
     for layer_idx in range(config.num_hidden_layers):
         cache.update(states, states, layer_idx)
-    del states
-    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-    for _ in range(2):
-        model(input_ids=token, past_key_values=cache)
-    synchronize(model.device)
+
+
+@torch.no_grad()
+def fits(model: PreTrainedModel, name: str, batch: int, context: int) -> bool:
+    """Whether a cache with ``batch`` sequences of ``context`` tokens and a decode step fit into the memory."""
+    try:
+        cache = caches()[name](model.config, context)
+        fill(model, cache, batch, context - 2)
+        for _ in range(2):
+            model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+        synchronize(model.device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        cache = None
+        release(model)
+    return True
 
 
 def largest(fits_with: Callable[[int], bool], step: int, stop: int) -> int:
@@ -196,17 +205,16 @@ def largest(fits_with: Callable[[int], bool], step: int, stop: int) -> int:
     return low
 
 
-GRID = ["model", "layers", "cache", "batch", "prompt", "new"]
+GRID = ["model", "layers", "cache", "batch", "prompt", "filled", "new"]
 FIT = ["model", "layers", "cache", "memory_gib", "fit", "of"]
 
 
 def run_grid(args: argparse.Namespace, model: PreTrainedModel, key: dict[str, str]) -> dict[str, str]:
     name = key["cache"]
     model.set_attn_implementation("kivi" if name.startswith("kivi") else "sdpa")
+    numbers = (int(key["batch"]), int(key["prompt"]), int(key["new"]))
     try:
-        return attempt(
-            partial(measure, model, name, int(key["batch"]), int(key["prompt"]), int(key["new"])), args.limit
-        )
+        return attempt(partial(measure, model, name, *numbers, key["filled"] == "yes"), args.limit)
     finally:
         release(model)
 
@@ -228,8 +236,9 @@ def cases(args: argparse.Namespace, layers: int) -> list[dict[str, str]]:
     """The key of every row that is asked for."""
     common = {"model": args.model, "layers": str(layers)}
     if args.fit is None:
+        common["filled"], common["new"] = "yes" if args.filled else "no", str(args.new)
         rows = [
-            {**common, "cache": cache, "batch": str(batch), "prompt": str(prompt), "new": str(args.new)}
+            {**common, "cache": cache, "batch": str(batch), "prompt": str(prompt)}
             for batch, prompt, cache in itertools.product(args.batch, args.prompt, args.caches)
         ]
     else:
@@ -239,6 +248,8 @@ def cases(args: argparse.Namespace, layers: int) -> list[dict[str, str]]:
             {**common, "cache": cache, "memory_gib": memory, "fit": args.fit, "of": str(of)}
             for of, cache in itertools.product(given, args.caches)
         ]
+    keys = GRID if args.fit is None else FIT
+    rows = [{key: row[key] for key in keys} for row in rows]
     return [row for row in rows if re.search(args.case, "/".join(row.values()))]
 
 
@@ -250,6 +261,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", nargs="+", type=int, default=[1024, 8192, 32768], help="tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--filled", action="store_true", help="random keys and values instead of the prompt's")
     parser.add_argument("--fit", choices=["batch", "context"], help="the largest that fits, by --prompt or --batch")
     parser.add_argument("--memory-gib", type=float, help="use so much of the GPU at most")
     parser.add_argument("--case", default="", help="a pattern: only the cases whose key, joined by /, has it")
