@@ -70,6 +70,7 @@ KIVI = {
     "kivi-4": KIVIConfig(nbits=4),
     "kivi-k4v2": KIVIConfig(nbits_key=4, nbits_value=2),
     "kivi-2-r32": KIVIConfig(nbits=2, residual_length=32, sink_length=4),
+    "kivi-2-paper-r32": KIVIConfig(nbits=2, residual_length=32, sink_length=0, policy="paper"),
 }
 
 
@@ -81,7 +82,8 @@ def caches() -> dict[str, Callable[[PreTrainedConfig, int], Cache]]:
     }
     for name, cfg in KIVI.items():
         made[name] = lambda config, _, cfg=cfg: KIVICache(cfg, config=config)
-        made[f"{name}-fixed"] = lambda config, n, cfg=cfg: KIVICache(cfg, config=config, max_cache_len=n)
+        if cfg.policy == "window":
+            made[f"{name}-fixed"] = lambda config, n, cfg=cfg: KIVICache(cfg, config=config, max_cache_len=n)
     for backend, nbits in (("quanto", 2), ("quanto", 4), ("hqq", 2), ("hqq", 4)):
         made[f"{backend}-{nbits}"] = lambda config, _, b=backend, n=nbits: QuantizedCache(b, config, nbits=n)
     made["fp8"] = lambda config, _: QuantizedCache("fp8", config)
