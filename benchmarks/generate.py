@@ -279,9 +279,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.plot:
-        from benchmarks.generate_plot import plot_fit, plot_grid  # matplotlib is optional
+        from benchmarks.generate_plot import plot, plot_fit  # matplotlib is optional
 
-        plot_grid(args.out)
+        plot(args.out)
         return plot_fit(args.out)
     warnings.filterwarnings("ignore", category=FutureWarning)  # past_key_values is called cache since 5.24
     transformers.utils.logging.set_verbosity_error()
@@ -291,7 +291,7 @@ def main() -> None:
         total = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(args.memory_gib * 2**30 / total, 1.0))
     machine = (
-        f"{torch.cuda.get_device_name(args.device) if cuda else 'CPU'}, kivicache {__version__} {args.commit}, torch "
+        f"{torch.cuda.get_device_name(args.device) if cuda else 'CPU'}, kivicache {__version__}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; bfloat16, greedy, random tokens"
     )
     args.out.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def main() -> None:
         if time.perf_counter() - begin > args.budget:
             print(f"the budget of {args.budget} s is over: run the same command again for the rest")
             break
-        table.add({**key, **run(args, model, key)})
+        table.add({**key, "commit": args.commit, **run(args, model, key)})
 
 
 if __name__ == "__main__":
