@@ -23,7 +23,7 @@ from kivicache.config import KIVIConfig
 from kivicache.fidelity import cache_argument
 from kivicache.fixed import FixedKIVILayer
 from kivicache.layer import KIVILayer
-from kivicache.memory import format_bytes
+from kivicache.memory import format_bytes, size_against
 
 _META = torch.device("meta")
 _LONGEST = 2**40  # tokens: beyond any memory
@@ -65,7 +65,7 @@ class Estimate:
             (f"cache in {self.dtype}, {self.batch} x {self.context:,} tokens", format_bytes(self.full_precision)),
             (
                 f"KIVICache, {self.batch} x {self.context:,} tokens",
-                f"{format_bytes(self.cache)} ({self.full_precision / self.cache:.2f}x smaller)",
+                f"{format_bytes(self.cache)} ({size_against(self.cache, self.full_precision)})",
             ),
         ]
         if self.gpu_memory is not None:

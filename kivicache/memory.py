@@ -65,7 +65,7 @@ class MemoryReport:
         labels = {"scales": "scales and minima", "full_precision": "not quantized"}
         rows = [(labels.get(part, part), format_bytes(getattr(self, part))) for part in parts]
         rows.append(("in 16 bits", format_bytes(self.sixteen_bit)))
-        ratio = f" ({self.sixteen_bit / self.total:.2f}x smaller than 16 bits)" if self.total else ""
+        ratio = f" ({size_against(self.total, self.sixteen_bit)} than 16 bits)" if self.total else ""
         rows.append(("bits per value", f"{self.bits_per_value:.2f}{ratio}"))
         rows.append(("bits per packed value", f"{self.packed_bits_per_value:.2f}"))
         return rows
@@ -73,6 +73,11 @@ class MemoryReport:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
         return "\n".join(f"{label:<{width}}  {text}" for label, text in self.rows())
+
+
+def size_against(nbytes: int, others: int) -> str:
+    """How ``nbytes`` compares with ``others``: "2.22x smaller"."""
+    return f"{others / nbytes:.2f}x smaller" if nbytes <= others else f"{nbytes / others:.2f}x larger"
 
 
 def held_by(layer: Any) -> MemoryReport:

@@ -72,6 +72,11 @@ def test_layers_that_are_not_packed_are_counted():
     assert memory.full_precision + memory.sinks + memory.residual == 4 * memory.values
 
 
+def test_a_report_says_how_the_cache_compares_with_16_bits():
+    assert "(4.00x smaller than 16 bits)" in str(MemoryReport(codes=100, values=200))
+    assert "(1.50x larger than 16 bits)" in str(MemoryReport(codes=600, values=200))
+
+
 def test_an_empty_cache():
     memory = KIVICache().memory()
     assert memory.total == memory.values == 0 and memory.bits_per_value == 0.0
