@@ -85,7 +85,7 @@ class PackedStates(Tensor):
         keys, values = self.kivi_states, value.kivi_states
         pairs = [
             Pair(_store(keys.packed[i][1]), _store(values.packed[j][1]), heads)
-            for i, j, heads in _head_pairs(keys.heads, values.heads, query.device)
+            for i, j, heads in _placed_pairs(keys.heads, values.heads, query.device)
         ]
         with on_device(query):
             return decode_attention(
@@ -283,24 +283,32 @@ def _store(store: TokenBuffer | PackedTokens) -> Store:
     return Store(store, store, store, 16, 32)
 
 
-@functools.lru_cache
-def _head_pairs(
-    key_heads: tuple[tuple[int, ...], ...], value_heads: tuple[tuple[int, ...], ...], device: torch.device
-) -> list[tuple[int, int, Tensor | None]]:
+def head_pairs(
+    key_heads: Sequence[tuple[int, ...]], value_heads: Sequence[tuple[int, ...]]
+) -> list[tuple[int, int, list[list[int]]]]:
     """Which heads share both a store of keys and one of values: the stores' indices, and the heads' places.
 
-    The places are int32 ``[3, heads]``: the kv head, and where it lies in either store; None: all heads, in order.
+    The places are ``[3, heads]``: the kv head, and where it lies in either store.
     """
-    if len(key_heads) == len(value_heads) == 1:
-        return [(0, 0, None)]
-    pairs: list[tuple[int, int, Tensor | None]] = []
+    pairs = []
     for i, in_keys in enumerate(key_heads):
         for j, in_values in enumerate(value_heads):
             heads = [head for head in in_keys if head in in_values]
             if heads:
                 places = [heads, [in_keys.index(head) for head in heads], [in_values.index(head) for head in heads]]
-                pairs.append((i, j, torch.tensor(places, dtype=torch.int32, device=device)))
+                pairs.append((i, j, places))
     return pairs
+
+
+@functools.lru_cache
+def _placed_pairs(
+    key_heads: tuple[tuple[int, ...], ...], value_heads: tuple[tuple[int, ...], ...], device: torch.device
+) -> list[tuple[int, int, Tensor | None]]:
+    """[`head_pairs`] with the places on the device, int32; None where there is one store of either: all heads."""
+    pairs = head_pairs(key_heads, value_heads)
+    if len(pairs) == 1:
+        return [(0, 0, None)]
+    return [(i, j, torch.tensor(places, dtype=torch.int32, device=device)) for i, j, places in pairs]
 
 
 def query_reasons(

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from kivicache.attention import layer_reasons
 from kivicache.buffer import TokenBuffer
 from kivicache.config import LayerConfig
-from kivicache.fixed_attention import FixedPackedStates, append_step
+from kivicache.fixed_attention import FixedPackedStates, append_step, places_of_heads
 from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates, static
 from kivicache.layer import KIVILayer, check_pair
 from kivicache.memory import MemoryReport
@@ -38,6 +38,7 @@ class FixedKIVILayer(KIVILayer):
 
     is_compileable = True
     _lengths: Tensor  # int32 on the device, see fixed_states.py
+    _places: Tensor | None  # int32 on the device, see fixed_attention.py; None where all heads have the same bits
 
     def __init__(self, config: LayerConfig, max_cache_len: int, model_config: PreTrainedConfig | None = None):
         self.max_cache_len = _checked_capacity(config, max_cache_len)
@@ -51,6 +52,7 @@ class FixedKIVILayer(KIVILayer):
         self.__dict__.update(state)
         if self._stores is not None:
             self._lengths = static(self._lengths)
+            self._places = None if self._places is None else static(self._places)
 
     def _forget(self) -> None:
         self._is_empty = True
@@ -74,7 +76,7 @@ class FixedKIVILayer(KIVILayer):
             return key_states, value_states
         if self._dense_reasons:
             return keys.dense(self._lengths), values.dense(self._lengths)
-        return FixedPackedStates.of(keys, self._lengths), FixedPackedStates.of(values, self._lengths)
+        return FixedPackedStates.of(keys, self._lengths, self._places), FixedPackedStates.of(values, self._lengths)
 
     def _steps(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether these tokens are a step on buffers that are there, through which no gradient is to pass."""
@@ -108,11 +110,13 @@ class FixedKIVILayer(KIVILayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate everything, for the batch, heads, widths, dtype and device of the first states."""
         stores = []
-        for length, like in ((KEYS, key_states), (VALUES, value_states)):
-            nbits = (self.config.nbits_key, self.config.nbits_value)[length - KEYS]
-            stores.append(FixedStates(like, nbits, length, self.config, self.max_cache_len))
+        for side, like in enumerate((key_states, value_states)):
+            nbits = self._nbits_of_heads(side, like.shape[1])
+            stores.append(FixedStates(like, nbits, (KEYS, VALUES)[side], self.config, self.max_cache_len))
         self._stores = stores[0], stores[1]
         self._lengths = static(torch.zeros(6, dtype=torch.int32, device=key_states.device))
+        places = places_of_heads(stores[0].format.heads, stores[1].format.heads)
+        self._places = None if places is None else static(places.to(key_states.device))
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self._dense_reasons = layer_reasons(*(self._host_states(store, 0, 0, 0) for store in self._stores))
         # the step in torch operations otherwise; the attention is fused all the same
@@ -120,7 +124,7 @@ class FixedKIVILayer(KIVILayer):
         self._kernels = (
             not self._dense_reasons
             and keys.head_dim == values.head_dim
-            and all(form.nbits < 16 and form.rotation is None for form in (keys, values))
+            and all(len(form.nbits) == 1 and form.nbits[0] < 16 and form.rotation is None for form in (keys, values))
         )
         self._forget()
         self.is_initialized = True
@@ -196,7 +200,8 @@ class FixedKIVILayer(KIVILayer):
         """All bytes allocated; nothing changes them once the layer is initialized."""
         if self._stores is None:
             return 0
-        return sum(tensor.nbytes for store in self._stores for tensor in store.tensors) + self._lengths.nbytes
+        tensors = [self._lengths, *(tensor for store in self._stores for tensor in store.tensors)]
+        return sum(tensor.nbytes for tensor in tensors) + (0 if self._places is None else self._places.nbytes)
 
     def dense_reasons(self) -> list[str]:
         return ["nothing is cached yet"] if self._dense_reasons is None else self._dense_reasons
@@ -254,16 +259,17 @@ class FixedKIVILayer(KIVILayer):
 
     def _host_states(self, store: FixedStates, sinks: int, packed: int, total: int) -> KIVIStates:
         form = store.format
-        states = KIVIStates(store.residual[:, :, :0], [form.nbits] * store.residual.shape[1], form.axis, self.config)
+        states = KIVIStates(store.residual[:, :, :0], form.nbits_of_heads, form.axis, self.config)
         states.sinks = TokenBuffer.of(store.sinks, sinks)
         states.residual.append(store.residual[:, :, : total - sinks - packed])
-        ((_, tokens),) = states.packed
         groups = packed // form.tokens_per_group
-        if isinstance(tokens, TokenBuffer):
-            states.packed = [(slice(None), TokenBuffer.of(store.codes, packed))]
-        else:
-            tokens.codes = TokenBuffer.of(store.codes, packed)
-            tokens.scale, tokens.minimum = TokenBuffer.of(store.scale, groups), TokenBuffer.of(store.minimum, groups)
+        for i, (heads, tokens) in enumerate(states.packed):
+            codes, scale, minimum = store.packed[i]
+            if isinstance(tokens, TokenBuffer):
+                states.packed[i] = heads, TokenBuffer.of(codes, packed)
+            else:
+                tokens.codes = TokenBuffer.of(codes, packed)
+                tokens.scale, tokens.minimum = TokenBuffer.of(scale, groups), TokenBuffer.of(minimum, groups)
         return states
 
     def _fits(self, key_states: Tensor, value_states: Tensor) -> bool:
@@ -313,8 +319,6 @@ def _checked_capacity(config: LayerConfig, max_cache_len: Any) -> int:
     for name, given, allowed in (("policy", config.policy, "window"), ("backend", config.backend, "native")):
         if given != allowed:
             raise ValueError(f'{name}: got "{given}"; allowed with max_cache_len: "{allowed}"')
-    if any(bits != (config.nbits_key, config.nbits_value) for bits in config.heads.values()):
-        raise ValueError(f"heads: got {dict(config.heads)}; allowed with max_cache_len: the same bits for all heads")
     return max_cache_len
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from kivicache.packing import pack, unpack, words_per_token
 from kivicache.policy import packed_lengths
 from kivicache.quantization import METADATA_DTYPE, dequantize, quantize
 from kivicache.rotation import hadamard, rotation_block
+from kivicache.states import heads_by_nbits
 
 # New tokens of one compiled step: a token, or a draft to be verified. More are cached outside of the graph.
 MAX_STEP_LENGTH = 16
 # int32 entries of `lengths`: sinks, packed keys, packed values, all tokens; steps that found no room; work for kernels
 SINKS, KEYS, VALUES, TOTAL, REFUSED, TICKET = range(6)
-_TENSORS = ("sinks", "codes", "scale", "minimum", "residual")
 ROW_ALIGNMENT = 16  # so that the rows of every head start where kernels can load 16 elements at once
 
 
@@ -34,7 +34,8 @@ class FixedFormat:
     """What the tensors of [`FixedStates`] mean.
 
     Attributes:
-        nbits: 2, 4, 8, or 16, where "codes" are the states themselves.
+        nbits: of each store, 2, 4, 8, or 16, where "codes" are the states themselves.
+        heads: the kv heads of each store.
         group_size, axis, rotation: as in [`KIVIConfig`], the group size in values.
         head_dim: of a token.
         length: the entry of ``lengths`` that counts the packed tokens, ``KEYS`` or ``VALUES``.
@@ -42,7 +43,8 @@ class FixedFormat:
         max_cache_len: tokens that the cache holds.
     """
 
-    nbits: int
+    nbits: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
     group_size: int
     axis: str
     rotation: str | None
@@ -55,7 +57,17 @@ class FixedFormat:
 
     @property
     def tokens_per_group(self) -> int:
-        return self.group_size if self.axis == "channel" and self.nbits < 16 else 1
+        return self.group_size if self.axis == "channel" else 1
+
+    @property
+    def tensors(self) -> int:
+        """How many there are: sinks, residual, and three for each store."""
+        return 2 + 3 * len(self.nbits)
+
+    @property
+    def nbits_of_heads(self) -> list[int]:
+        of_head = {head: bits for bits, heads in zip(self.nbits, self.heads, strict=True) for head in heads}
+        return [of_head[head] for head in range(len(of_head))]
 
     @property
     def flush_length(self) -> int:
@@ -68,21 +80,36 @@ class FixedFormat:
         return self.residual_length + self.block_length - 1 + MAX_STEP_LENGTH
 
 
+class FixedStore(NamedTuple):
+    """The packed tokens of the heads of some bits.
+
+    Attributes:
+        codes: int16 words ``[batch, heads, tokens, words]``, or the states themselves.
+        scale, minimum: float16, one per group.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+
 class FixedStates:
     """Keys or values of one layer: sinks | packed tokens | residual, as in [`KIVIStates`], in fixed buffers.
 
     Attributes:
         sinks, residual: ``[batch, kv_heads, tokens, head_dim]``, exact. Both end with rows that nobody reads, where
             the tokens go that belong to the other.
-        codes: int16 words ``[batch, kv_heads, tokens, words]``; ``scale`` and ``minimum``: float16, one per group.
+        packed: a [`FixedStore`] for the heads of each number of bits.
     """
 
-    def __init__(self, like: Tensor, nbits: int, length: int, config: LayerConfig, max_cache_len: int):
-        """Empty states with the batch, heads, head_dim, dtype and device of ``like``."""
+    def __init__(self, like: Tensor, nbits: Sequence[int], length: int, config: LayerConfig, max_cache_len: int):
+        """Empty states with the batch, heads, head_dim, dtype and device of ``like``; ``nbits`` for each head."""
         batch, kv_heads, _, head_dim = like.shape
         axis = (config.axis_key, config.axis_value)[length - KEYS]
+        heads = heads_by_nbits(nbits)
         self.format = form = FixedFormat(
-            nbits,
+            tuple(heads),
+            tuple(heads.values()),
             head_dim if config.group_size == -1 else config.group_size,
             axis,
             config.rotation,
@@ -96,51 +123,54 @@ class FixedStates:
         if config.rotation is not None:
             rotation_block(head_dim)  # refuses a head_dim that cannot turn
         packed = packed_lengths(config, max_cache_len)[0] + form.flush_length
-        groups = packed // form.tokens_per_group if nbits < 16 else 0
         groups_width = head_dim if axis == "channel" else -(-head_dim // form.group_size)
 
-        def zeros(tokens: int, width: int, dtype: torch.dtype = like.dtype) -> Tensor:
-            return static(torch.zeros(batch, kv_heads, tokens, width, dtype=dtype, device=like.device))
+        def zeros(heads: int, tokens: int, width: int, dtype: torch.dtype = like.dtype) -> Tensor:
+            return static(torch.zeros(batch, heads, tokens, width, dtype=dtype, device=like.device))
 
-        self.sinks = zeros(config.sink_length + MAX_STEP_LENGTH, head_dim)
+        self.sinks = zeros(kv_heads, config.sink_length + MAX_STEP_LENGTH, head_dim)
         rows = form.residual_capacity + MAX_STEP_LENGTH
-        self.residual = zeros(-(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, head_dim)
-        words, dtype = (words_per_token(head_dim, nbits), torch.int16) if nbits < 16 else (head_dim, like.dtype)
-        self.codes = zeros(packed, words, dtype)
-        self.scale = zeros(groups, groups_width, METADATA_DTYPE)
-        self.minimum = zeros(groups, groups_width, METADATA_DTYPE)
-
+        self.residual = zeros(kv_heads, -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, head_dim)
+        self.packed = []
+        for bits, members in heads.items():
+            groups = packed // form.tokens_per_group if bits < 16 else 0
+            words, dtype = (words_per_token(head_dim, bits), torch.int16) if bits < 16 else (head_dim, like.dtype)
+            codes = zeros(len(members), packed, words, dtype)
+            scale, minimum = (zeros(len(members), groups, groups_width, METADATA_DTYPE) for _ in range(2))
+            self.packed.append(FixedStore(codes, scale, minimum))
         self.signature = astuple(form)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy, in this process or another."""
         self.__dict__.update(state)
-        for name in _TENSORS:
-            setattr(self, name, static(getattr(self, name)))
+        self._hold([static(tensor) for tensor in self.tensors])
 
     @classmethod
     def view(cls, tensors: Sequence[Tensor], form: FixedFormat) -> FixedStates:
         """States in tensors that are there."""
         states = cls.__new__(cls)
         states.format, states.signature = form, astuple(form)
-        for name, tensor in zip(_TENSORS, tensors, strict=True):
-            setattr(states, name, tensor)
+        states._hold(tensors)
         return states
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Sinks, residual, and codes, scale and minimum of each store."""
+        return [self.sinks, self.residual, *(tensor for store in self.packed for tensor in store)]
+
+    def _hold(self, tensors: Sequence[Tensor]) -> None:
+        self.sinks, self.residual, *packed = tensors
+        self.packed = [FixedStore(*packed[first : first + 3]) for first in range(0, len(packed), 3)]
 
     def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor's content by ``select`` of it; the tensor too, where the batch changes."""
-        for name in _TENSORS:
-            tensor = getattr(self, name)
-            with ordinary_tensors():
-                selected = select(tensor)
-                if selected.shape == tensor.shape:
-                    tensor.copy_(selected)
-                else:
-                    setattr(self, name, static(selected))
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.sinks, self.codes, self.scale, self.minimum, self.residual
+        def replaced(tensor: Tensor) -> Tensor:
+            selected = select(tensor)
+            return tensor.copy_(selected) if selected.shape == tensor.shape else static(selected)
+
+        with ordinary_tensors():
+            self._hold([replaced(tensor) for tensor in self.tensors])
 
     def flush(self, lengths: Tensor, due: Tensor) -> None:
         """Pack the ``due`` oldest tokens of the residual.
@@ -151,16 +181,19 @@ class FixedStates:
         form, packed = self.format, lengths[self.format.length].long()
         tokens = torch.arange(form.flush_length, device=lengths.device)
         states = self.residual[:, :, : form.flush_length]
-        if form.nbits == 16:
-            self.codes.index_copy_(2, packed + tokens, states)
-        else:
+        groups = tokens[: form.flush_length // form.tokens_per_group] + packed // form.tokens_per_group
+        for store, bits, heads in zip(self.packed, form.nbits, form.heads, strict=True):
+            # views and a concatenation: an index would be a tensor of its own in the graph
+            part = states if len(self.packed) == 1 else torch.stack([states[:, head] for head in heads], dim=1)
+            if bits == 16:
+                store.codes.index_copy_(2, packed + tokens, part)
+                continue
             if form.rotation is not None:
-                states = hadamard(states.float())
-            codes, scale, minimum = quantize(states, form.nbits, form.group_size, form.axis)
-            groups = tokens[: form.flush_length // form.tokens_per_group] + packed // form.tokens_per_group
-            self.codes.index_copy_(2, packed + tokens, pack(codes, form.nbits))
-            self.scale.index_copy_(2, groups, scale)
-            self.minimum.index_copy_(2, groups, minimum)
+                part = hadamard(part.float())
+            codes, scale, minimum = quantize(part, bits, form.group_size, form.axis)
+            store.codes.index_copy_(2, packed + tokens, pack(codes, bits))
+            store.scale.index_copy_(2, groups, scale)
+            store.minimum.index_copy_(2, groups, minimum)
         rows = torch.arange(self.residual.shape[2], device=lengths.device) + due
         self.residual.copy_(self.residual.index_select(2, rows.clamp(max=self.residual.shape[2] - 1)))
 
@@ -186,12 +219,19 @@ class FixedStates:
         return torch.nn.functional.pad(dense, (0, 0, 0, form.max_cache_len - dense.shape[2]))
 
     def _dequantized(self) -> Tensor:
+        """All that the stores have room for, ``[batch, kv_heads, tokens, head_dim]``."""
         form = self.format
-        if form.nbits == 16:
-            return self.codes
-        codes = unpack(self.codes, form.nbits, form.head_dim)
-        states = dequantize(codes, self.scale, self.minimum, form.group_size, form.axis)
-        return (states if form.rotation is None else hadamard(states)).to(self.residual.dtype)
+        of_head: dict[int, Tensor] = {}
+        for store, bits, heads in zip(self.packed, form.nbits, form.heads, strict=True):
+            states = store.codes
+            if bits < 16:
+                codes = unpack(store.codes, bits, form.head_dim)
+                states = dequantize(codes, store.scale, store.minimum, form.group_size, form.axis)
+                states = (states if form.rotation is None else hadamard(states)).to(self.residual.dtype)
+            if len(self.packed) == 1:
+                return states
+            of_head.update(zip(heads, states.unbind(1), strict=True))
+        return torch.stack([of_head[head] for head in range(len(of_head))], dim=1)
 
 
 def static(tensor: Tensor) -> Tensor:

@@ -177,15 +177,19 @@ class KIVILayer(DynamicLayer):
 
     def _empty(self, name: str, like: Tensor) -> KIVIStates:
         """Empty stores for the "keys" or the "values", shaped like the states ``like``."""
-        config, kv_heads, side = self.config, like.shape[1], _SIDES.index(name)
+        side = _SIDES.index(name)
+        axis = (self.config.axis_key, self.config.axis_value)[side]
+        return KIVIStates(like, self._nbits_of_heads(side, like.shape[1]), axis, self.config)
+
+    def _nbits_of_heads(self, side: int, kv_heads: int) -> list[int]:
+        """The bits of the keys (``side`` 0) or of the values (1) of each kv head."""
+        config = self.config
         if any(head >= kv_heads for head in config.heads):
             raise ValueError(
                 f"heads: got kv head {max(config.heads)}; allowed: 0 to {kv_heads - 1}, the layer's kv heads"
             )
         nbits = (config.nbits_key, config.nbits_value)[side]
-        axis = (config.axis_key, config.axis_value)[side]
-        per_head = [config.heads[head][side] if head in config.heads else nbits for head in range(kv_heads)]
-        return KIVIStates(like, per_head, axis, config)
+        return [config.heads[head][side] if head in config.heads else nbits for head in range(kv_heads)]
 
     def _assigned(self, name: str, cached: KIVIStates | None, states: Tensor | None) -> KIVIStates | None:
         """The stores after the dense tensor ``states`` was assigned to ``keys`` or ``values``."""

@@ -13,6 +13,11 @@ from kivicache.memory import MemoryReport
 from kivicache.packed import PackedTokens
 
 
+def heads_by_nbits(nbits: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Bits -> the heads that have so many, in the order of the stores, from the bits of each head."""
+    return {bits: tuple(h for h, of_head in enumerate(nbits) if of_head == bits) for bits in sorted(set(nbits))}
+
+
 class KIVIStates:
     """Keys or values of one layer in order of tokens: the first ones exact, then packed ones, the newest exact.
 
@@ -34,9 +39,9 @@ class KIVIStates:
         self.sinks = TokenBuffer(like)
         self.residual = TokenBuffer(like)
         self.packed: list[tuple[list[int] | slice, TokenBuffer | PackedTokens]] = []
-        bits_of_stores = sorted(set(nbits))
-        self.heads = tuple(tuple(h for h, head_bits in enumerate(nbits) if head_bits == b) for b in bits_of_stores)
-        for bits, members in zip(bits_of_stores, self.heads, strict=True):
+        heads_of_stores = heads_by_nbits(nbits)
+        self.heads = tuple(heads_of_stores.values())
+        for bits, members in heads_of_stores.items():
             heads = slice(None) if len(members) == len(nbits) else list(members)
             if bits == 16:
                 store: TokenBuffer | PackedTokens = TokenBuffer(like[:, heads])

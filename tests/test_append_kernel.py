@@ -30,14 +30,15 @@ CASES = {  # name: (head_dim, dtype, config)
 def stores(config, like, capacity):
     bits = (config.nbits_key, config.nbits_value)
     lengths = torch.zeros(6, dtype=torch.int32, device=DEVICE)
-    return *(FixedStates(like, bits[n - KEYS], n, config, capacity) for n in (KEYS, VALUES)), lengths
+    heads = like.shape[1]
+    return *(FixedStates(like, [bits[n - KEYS]] * heads, n, config, capacity) for n in (KEYS, VALUES)), lengths
 
 
 def content(store, lengths):
     """All that counts: sinks, packed bytes, and exact tokens."""
     sinks, packed, total = (int(lengths[n]) for n in (SINKS, store.format.length, TOTAL))
     groups = packed // store.format.tokens_per_group
-    bounds = (sinks, packed, groups, groups, total - sinks - packed)
+    bounds = (sinks, total - sinks - packed, packed, groups, groups)
     return [tensor[:, :, :bound] for tensor, bound in zip(store.tensors, bounds, strict=True)]
 
 

@@ -25,6 +25,9 @@ CONFIGS = {
     "per_token": KIVIConfig(nbits=4, group_size=-1, residual_length=16, sink_length=0),
     "one_side": KIVIConfig(nbits_key=16, nbits_value=2, **SMALL),
     "16_bits": KIVIConfig(nbits=16, **SMALL),
+    "heads": KIVIConfig(nbits=2, heads={0: {1: {"nbits_key": 8, "nbits_value": 4}}}, **SMALL),
+    "exact_heads": KIVIConfig(nbits=4, heads={0: {0: {"nbits_key": 16, "nbits_value": 2}}}, **SMALL),
+    "rotated_heads": KIVIConfig(nbits=4, rotation="hadamard", heads={0: {1: 2}}, **SMALL),
 }
 PACKED = {name: config for name, config in CONFIGS.items() if name != "16_bits"}
 CAPACITY = 160
@@ -126,6 +129,9 @@ COMPILED = {  # config, tokens of padding, backend
     "per_token": ("per_token", 0, "eager"),
     "one_side": ("one_side", 9, "eager"),
     "16_bits": ("16_bits", 0, "eager"),
+    "heads": ("heads", 9, "aot_eager"),
+    "exact_heads": ("exact_heads", 0, "eager"),
+    "rotated_heads": ("rotated_heads", 9, "eager"),
 }
 
 
@@ -142,8 +148,9 @@ def test_compiled_generation_is_the_growing_cache_s(name, padding, backend, grap
         assert torch.allclose(states, getattr(growing.layers[0], side), atol=1e-5)
 
 
-def test_generation_compiled_by_inductor(graphs):
-    model, inputs, config = tiny_llama(layers=1), prompt(padding=9), CONFIGS["2_bits"]
+@pytest.mark.parametrize("name", ["2_bits", "heads"])
+def test_generation_compiled_by_inductor(name, graphs):
+    model, inputs, config = tiny_llama(layers=1), prompt(padding=9), CONFIGS[name]
     fixed = fixed_cache(config, model=model)
     output = generate(model, inputs, fixed, compile_config=compiled("inductor", mode="reduce-overhead"))
     assert regret(model, inputs, output, KIVICache(config)) < 0.25
@@ -204,8 +211,9 @@ def test_reset_and_fresh_caches_and_other_batches_reuse_the_graph(graphs):
         expected = generate(model, inputs, KIVICache(config))
         assert torch.equal(generate(model, inputs, cache, compile_config=compiled()), expected)
         assert graphs() == 1
-        address = address or cache.layers[0]._stores[0].codes.data_ptr()
-        assert fresh or cache.layers[0]._stores[0].codes.data_ptr() == address  # a captured graph would write there
+        found = cache.layers[0]._stores[0].packed[0].codes.data_ptr()
+        address = address or found
+        assert fresh or found == address  # a captured graph would write there
     cache.reset()
     inputs = prompt(3)
     assert torch.equal(
@@ -326,7 +334,6 @@ REFUSED = {
     "zero": (KIVIConfig(), {"max_cache_len": 0, "config": tiny_llama().config}, "max_cache_len: got 0; allowed"),
     "paper": (KIVIConfig.paper(2), {"max_cache_len": 99, "config": tiny_llama().config}, 'policy: got "paper"'),
     "hqq": (KIVIConfig(backend="hqq"), {"max_cache_len": 99, "config": tiny_llama().config}, 'backend: got "hqq"'),
-    "heads": (KIVIConfig(heads={0: {1: 8}}), {"max_cache_len": 99, "config": tiny_llama().config}, "heads: got"),
     "offloading": (
         KIVIConfig(),
         {"max_cache_len": 99, "config": tiny_llama().config, "offloading": True},
@@ -348,13 +355,15 @@ def test_only_the_fixed_cache_says_that_it_can_be_compiled():
     assert not KIVICache(config=tiny_llama().config).is_compileable
 
 
-@pytest.mark.parametrize("attention", ["kivi", "sdpa"])
-def test_a_compiled_step_on_packed_bytes(attention, graphs, monkeypatch):
+@pytest.mark.parametrize(
+    ("attention", "heads"), [("kivi", {}), ("sdpa", {}), ("kivi", {0: 8, 1: {"nbits_key": 16, "nbits_value": 4}})]
+)
+def test_a_compiled_step_on_packed_bytes(attention, heads, graphs, monkeypatch):
     """The kernels themselves, interpreted, in a graph: with "sdpa" the states may turn dense, with "kivi" never."""
     pytest.importorskip("triton")
     monkeypatch.setattr(kivicache.attention, "FUSED_DEVICES", ["cpu", "cuda"])
     model, inputs = tiny_llama(layers=1, attention=attention), prompt(batch=1, tokens=73, padding=5)
-    config = KIVIConfig(nbits=2, residual_length=8, sink_length=3)
+    config = KIVIConfig(nbits=2, residual_length=8, sink_length=3, heads={0: heads})
     growing, fixed = KIVICache(config), fixed_cache(config, 100, model)
     read: list[FixedPackedStates] = []
     dense = FixedPackedStates._read
@@ -460,6 +469,7 @@ def test_no_allocation_from_step_to_step(graphs):
         KIVIConfig(nbits=2),
         KIVIConfig(nbits=4, rotation="hadamard"),
         KIVIConfig(nbits_key=16, nbits_value=4),
+        KIVIConfig(nbits=4, heads={0: {1: 2}, 1: {0: {"nbits_key": 8, "nbits_value": 2}}}),
     ],
     ids=str,
 )

@@ -279,7 +279,7 @@ def append(
     """Triton twin of ``kivicache.fixed_states.append``.
 
     Args:
-        keys, values: (sinks, words, scale, minimum, residual) of fixed capacity, contiguous, written in place.
+        keys, values: (sinks, residual, words, scale, minimum) of fixed capacity, contiguous, written in place.
         lengths: int32 ``[6]`` on the device: sinks, packed keys, packed values, all tokens, refused steps, 0.
         key_states, value_states: the new tokens, ``[B, H, Q, D]``.
         nbits, axes: (key, value).
@@ -295,27 +295,27 @@ def append(
         value_states,
         keys[0],
         values[0],
+        keys[2],
+        values[2],
+        *keys[3:],
+        *values[3:],
         keys[1],
         values[1],
-        *keys[2:4],
-        *values[2:4],
-        keys[4],
-        values[4],
         lengths,
         H,
         *key_states.stride()[:3],
         *value_states.stride()[:3],
-        keys[1].stride(1),
-        values[1].stride(1),
         keys[2].stride(1),
         values[2].stride(1),
+        keys[3].stride(1),
+        values[3].stride(1),
         max_cache_len,
         Q=Q,
         S=sink_length,
         RESIDUAL=residual_length,
         BLOCK=block_length,
         SINK_ROWS=keys[0].shape[2],
-        RES_ROWS=keys[4].shape[2],
+        RES_ROWS=keys[1].shape[2],
         D=D,
         G=group_size,
         K_NBITS=nbits[0],
