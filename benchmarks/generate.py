@@ -207,7 +207,7 @@ def largest(fits_with: Callable[[int], bool], step: int, stop: int) -> int:
     return low
 
 
-GRID = ["model", "layers", "cache", "batch", "prompt", "filled", "new"]
+GRID = ["model", "layers", "cache", "memory_gib", "batch", "prompt", "filled", "new"]
 FIT = ["model", "layers", "cache", "memory_gib", "fit", "of"]
 
 
@@ -236,7 +236,7 @@ def run_fit(args: argparse.Namespace, model: PreTrainedModel, key: dict[str, str
 
 def cases(args: argparse.Namespace, layers: int) -> list[dict[str, str]]:
     """The key of every row that is asked for."""
-    common = {"model": args.model, "layers": str(layers)}
+    common = {"model": args.model, "layers": str(layers), "memory_gib": str(args.memory_gib or "all")}
     if args.fit is None:
         common["filled"], common["new"] = "yes" if args.filled else "no", str(args.new)
         rows = [
@@ -244,10 +244,9 @@ def cases(args: argparse.Namespace, layers: int) -> list[dict[str, str]]:
             for batch, prompt, cache in itertools.product(args.batch, args.prompt, args.caches)
         ]
     else:
-        memory = str(args.memory_gib or "all")
         given = args.prompt if args.fit == "batch" else args.batch
         rows = [
-            {**common, "cache": cache, "memory_gib": memory, "fit": args.fit, "of": str(of)}
+            {**common, "cache": cache, "fit": args.fit, "of": str(of)}
             for of, cache in itertools.product(given, args.caches)
         ]
     keys = GRID if args.fit is None else FIT

@@ -108,10 +108,10 @@ def plot(folder: Path) -> None:
     """Decode steps by prompt, and tokens per second by cache: of what the table has at several prompts or batches."""
     machine, rows = read(folder / "generate.csv")
     panels: list[Callable[[Any], None]] = []
-    for group in groups(rows, ("model", "batch", "filled", "new"), "prompt"):
+    for group in groups(rows, ("model", "memory_gib", "batch", "filled", "new"), "prompt"):
         panels.append(lambda panel, group=group: steps(panel, group))
     batches = [row for row in rows if row["batch"] != "1"]
-    for group in groups(batches, ("model", "prompt", "filled", "new"), "batch"):
+    for group in groups(batches, ("model", "memory_gib", "prompt", "filled", "new"), "batch"):
         panels.append(lambda panel, group=group: throughput(panel, group))
     draw(panels, f"generate on {machine}", folder / "generate.png")
 

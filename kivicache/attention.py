@@ -202,14 +202,17 @@ def kivi_attention_forward(
         ``[batch, query_length, heads, head_dim]`` and None, as there are no weights.
     """
     biased = kwargs.get("position_bias") is not None
-    causal = attention_mask is None and query.shape[2] > 1  # as sdpa means it where there is no mask
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)  # as transformers' sdpa has it
     plain = not biased and not causal and dropout == 0
     if plain and not query_reasons(query, key, value, attention_mask, scaling, s_aux):
         return fused_attention(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2), None
     key, value = _as_dense(key), _as_dense(value)
     if s_aux is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return _explicit_attention(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2), None
+    output = _explicit_attention(query, key, value, attention_mask, causal, dropout, scaling, softcap, s_aux)
+    return output.transpose(1, 2), None
 
 
 def _explicit_attention(
@@ -217,6 +220,8 @@ def _explicit_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    causal: bool,
+    dropout: float,
     scaling: float | None,
     softcap: float | None,
     s_aux: Tensor | None,
@@ -227,7 +232,7 @@ def _explicit_attention(
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is None and query.shape[2] > 1:
+    if causal:
         attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
@@ -236,7 +241,7 @@ def _explicit_attention(
     if s_aux is not None:  # one more score per head, which takes its share of the softmax and has no value
         scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return weights[..., : value.shape[2]] @ value
+    return torch.nn.functional.dropout(weights[..., : value.shape[2]], dropout) @ value
 
 
 def fused_attention(
@@ -323,6 +328,8 @@ def query_reasons(
     if not (isinstance(key, PackedStates) and isinstance(value, PackedStates)):
         return ["keys or values are dense"]
     reasons = []
+    if not torch.compiler.is_compiling() and not (key._dense is None and value._dense is None):
+        reasons.append("keys or values have been read as dense tensors, which may have been written to")
     if scaling is not None and scaling <= 0:
         reasons.append(f"scaling is {scaling}")
     if query.dtype != key.dtype:

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
 
 from kivicache.backends import get_backend
 from kivicache.config import KIVIConfig, LayerConfig
-from kivicache.fixed import FixedKIVILayer
+from kivicache.fixed import FixedKIVILayer, check_capacity
 from kivicache.layer import KIVILayer
 from kivicache.memory import MemoryReport, format_bytes, held_by
 
@@ -59,6 +59,7 @@ class KIVICache(DynamicCache):
             get_backend(backend)  # a missing library is said here, not in the middle of a generation
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self._is_fixed = max_cache_len is not None
+        self._model_config = None if config is None else config.get_text_config(decoder=True)
         if max_cache_len is not None:
             self._fix_capacity(config, max_cache_len, offloading)
         elif config is None:
@@ -75,14 +76,14 @@ class KIVICache(DynamicCache):
             raise ValueError(
                 "max_cache_len: the cache must know the model's layers: pass KIVICache(..., config=model.config)"
             )
+        check_capacity(max_cache_len)
         if offloading:
             raise ValueError("offloading: got True; allowed with max_cache_len: False")
-        text_config = config.get_text_config(decoder=True)
 
         def fixed(layer_config: LayerConfig) -> StaticLayer | FixedKIVILayer:
             if {layer_config.nbits_key, layer_config.nbits_value} == {16} and not layer_config.heads:
                 return StaticLayer(max_cache_len)
-            return FixedKIVILayer(layer_config, max_cache_len, text_config)
+            return FixedKIVILayer(layer_config, max_cache_len, self._model_config)
 
         try:
             self.layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
@@ -120,15 +121,26 @@ class KIVICache(DynamicCache):
         return MemoryReport(**{**vars(total), "layers": layers})
 
     def explain(self) -> dict[int, str]:
-        """What each layer's decode attention reads: "packed" bytes, fused, or "dense" tensors and the reasons why."""
+        """What each layer's decode attention reads: "packed" bytes, fused, or "dense" tensors and the reasons why.
+
+        With ``config=model.config`` the model's attention implementation, too, can be a reason.
+        """
         explained = {}
         for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, KIVILayer):
-                reasons = "; ".join(layer.dense_reasons())
+                reasons = "; ".join([*layer.dense_reasons(), *self._attention_reasons()])
                 explained[layer_idx] = f"dense: {reasons}" if reasons else "packed"
             else:
                 explained[layer_idx] = f"{type(layer).__name__}: left as it is"
         return explained
+
+    def _attention_reasons(self) -> list[str]:
+        """Why the model's attention does not read packed bytes; empty where it does, or is not known."""
+        name = getattr(self._model_config, "_attn_implementation", None)
+        if name is None or name == "kivi" or (name == "sdpa" and not self._is_fixed):
+            return []
+        where = "in a compiled step " if name == "sdpa" else ""
+        return [f'{where}the attention "{name}" sees dense tensors: model.set_attn_implementation("kivi")']
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
         self._refuse_without_config("keeps convolution states")
@@ -170,8 +182,12 @@ class KIVICache(DynamicCache):
     def __repr__(self) -> str:
         if not self.layers:
             return f"{type(self).__name__}({self.kivi_config.layer(0)}, empty)"
-        memory = self.memory()
-        lengths = (layer.get_seq_length() for layer in self.layers if isinstance(layer, DynamicLayer))
+        try:
+            memory = self.memory()
+        except ValueError as error:  # more compiled steps than there was room for
+            return f"{type(self).__name__}({self._kinds()}; {error})"
+        kinds = DynamicLayer, StaticLayer
+        lengths = (layer.get_seq_length() for layer in self.layers if isinstance(layer, kinds))
         tokens = max(map(int, lengths), default=0)
         size = f"{format_bytes(memory.total)}, {memory.bits_per_value:.2f} bits per value"
         return f"{type(self).__name__}({self._kinds()}; {tokens} tokens, {size})"

@@ -6,7 +6,7 @@ kivi:2   kivi:k4v2           bits of both, or of keys and values
 kivi:2:g64:r32:s4            groups of 64, a residual of 32, 4 sinks
 kivi:2:hadamard   kivi:4:hqq rotation, backend
 kivi:3bit   kivi:3bit:r64    a preset of KIVIConfig, or with a field of its own
-kivi:nbits=2,rotation=null   any field of KIVIConfig by its name
+kivi:nbits=2,rotation=null   any field of KIVIConfig by its name, but layers and heads
 paper:2                      KIVI to the letter; takes what kivi takes
 my-model.yaml                a KIVIConfig, or a KVTuner preset, from a file
 hf-quanto:4   hf-hqq:2       transformers' QuantizedCache, with its defaults for the rest
@@ -28,10 +28,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
 from kivicache.cache import KIVICache
-from kivicache.config import CHOICES, PRESETS, KIVIConfig
+from kivicache.config import CHOICES, PAPER, PRESETS, KIVIConfig
 from kivicache.memory import held_by
 
-PAPER = {"group_size": 32, "residual_length": 128, "sink_length": 0, "policy": "paper"}
 _HF_FIELDS = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
 _WORD_FIELDS = {"g": "group_size", "r": "residual_length", "s": "sink_length"}
 _ALLOWED = "dynamic, kivi[:OPTIONS], paper:BITS[:OPTIONS], hf-quanto[:OPTIONS], hf-hqq[:OPTIONS], hf-fp8, a .yaml file"

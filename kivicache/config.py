@@ -29,6 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "4bit": {"nbits_key": 4, "nbits_value": 2, "group_size": 32, "rotation": "hadamard"},
     "5bit": {"nbits_key": 4, "nbits_value": 4, "group_size": 32, "rotation": "hadamard"},
 }
+# KIVI to the letter, but for its bits
+PAPER: dict[str, Any] = {"group_size": 32, "residual_length": 128, "sink_length": 0, "policy": "paper"}
 HEAD_FIELDS = ("nbits", "nbits_key", "nbits_value")
 _MERGE = "tag:yaml.org,2002:merge"
 _KVTUNER_AXES = {0: "token", 1: "channel"}
@@ -168,7 +170,7 @@ class KIVIConfig(_Settings):
     @classmethod
     def paper(cls, nbits: int) -> KIVIConfig:
         """KIVI to the letter: groups of 32, a residual of 128, no sinks, Algorithm 1's two split points."""
-        return cls(nbits=nbits, group_size=32, residual_length=128, sink_length=0, policy="paper")
+        return cls(nbits=nbits, **PAPER)
 
     @classmethod
     def preset(cls, name: str) -> KIVIConfig:

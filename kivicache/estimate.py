@@ -178,11 +178,7 @@ def _layer_bytes(layer: Any, keys: Tensor, values: Tensor, context: int) -> int:
         layer.lazy_initialization(keys, values)
         return layer.allocated_nbytes
     if isinstance(layer, KIVILayer):
-        if keys.shape != values.shape:
-            raise ValueError(
-                f"model: its keys are {keys.shape[-1]} wide, its values {values.shape[-1]}; allowed: alike"
-            )
-        layer.pretend(keys, context)
+        layer.pretend(keys, values, context)
         return layer.memory().total
     for tokens in (context - 1, 1):
         if tokens:

@@ -17,7 +17,7 @@ from kivicache.buffer import TokenBuffer
 from kivicache.config import LayerConfig
 from kivicache.fixed_attention import FixedPackedStates, append_step, places_of_heads
 from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates, static
-from kivicache.layer import KIVILayer, check_pair
+from kivicache.layer import KIVILayer, check_crop, check_pair
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
 from kivicache.states import KIVIStates
@@ -41,7 +41,11 @@ class FixedKIVILayer(KIVILayer):
     _places: Tensor | None  # int32 on the device, see fixed_attention.py; None where all heads have the same bits
 
     def __init__(self, config: LayerConfig, max_cache_len: int, model_config: PreTrainedConfig | None = None):
-        self.max_cache_len = _checked_capacity(config, max_cache_len)
+        check_capacity(max_cache_len)
+        for name, given, allowed in (("policy", config.policy, "window"), ("backend", config.backend, "native")):
+            if given != allowed:
+                raise ValueError(f'{name}: got "{given}"; allowed with max_cache_len: "{allowed}"')
+        self.max_cache_len = max_cache_len
         self._model_config = model_config
         self._stores: tuple[FixedStates, FixedStates] | None = None
         super().__init__(config)
@@ -68,10 +72,10 @@ class FixedKIVILayer(KIVILayer):
             return self._update_outside(key_states, value_states)
         if not torch.compiler.is_compiling():
             self._expect(key_states.shape[2])
-        first, self._is_empty = self._is_empty, False
         assert self._stores is not None
         keys, values = self._stores
         append_step(keys, values, self._lengths, key_states.detach(), value_states.detach(), self._kernels)
+        first, self._is_empty = self._is_empty, False  # behind the step: where that fails, an empty layer stays empty
         if first:
             return key_states, value_states
         if self._dense_reasons:
@@ -93,7 +97,8 @@ class FixedKIVILayer(KIVILayer):
     def _update_outside(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         check_pair(key_states, value_states)
         new = key_states.shape[2]
-        self._check_room(0 if self._is_empty else new, new)
+        if self._is_empty:
+            self._check_room(new, new)
         if not self.is_initialized or (self._is_empty and not self._fits(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         with self._on_host() as (keys, values):
@@ -172,6 +177,7 @@ class FixedKIVILayer(KIVILayer):
         return self.max_cache_len, 0
 
     def crop(self, tokens_to_remove: int) -> None:
+        check_crop(tokens_to_remove)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         with self._on_host():
@@ -207,8 +213,9 @@ class FixedKIVILayer(KIVILayer):
         return ["nothing is cached yet"] if self._dense_reasons is None else self._dense_reasons
 
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
-        for store in self._stores or ():
-            store.map_batch(select)
+        selected = [store.selected(select) for store in self._stores or ()]  # all of it before anything is replaced
+        for store, tensors in zip(self._stores or (), selected, strict=True):
+            store.replace(tensors)
         if self._stores is not None:
             self.batch_size = self._stores[0].residual.shape[0]
 
@@ -313,13 +320,9 @@ class FixedKIVILayer(KIVILayer):
             )
 
 
-def _checked_capacity(config: LayerConfig, max_cache_len: Any) -> int:
+def check_capacity(max_cache_len: Any) -> None:
     if type(max_cache_len) is not int or max_cache_len < 1:
         raise ValueError(f"max_cache_len: got {max_cache_len!r}; allowed: a positive whole number of tokens")
-    for name, given, allowed in (("policy", config.policy, "window"), ("backend", config.backend, "native")):
-        if given != allowed:
-            raise ValueError(f'{name}: got "{given}"; allowed with max_cache_len: "{allowed}"')
-    return max_cache_len
 
 
 @cache

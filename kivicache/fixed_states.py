@@ -162,15 +162,16 @@ class FixedStates:
         self.sinks, self.residual, *packed = tensors
         self.packed = [FixedStore(*packed[first : first + 3]) for first in range(0, len(packed), 3)]
 
-    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor's content by ``select`` of it; the tensor too, where the batch changes."""
-
-        def replaced(tensor: Tensor) -> Tensor:
-            selected = select(tensor)
-            return tensor.copy_(selected) if selected.shape == tensor.shape else static(selected)
-
+    def selected(self, select: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """``select`` of every tensor, which may change the batch dimension alone."""
         with ordinary_tensors():
-            self._hold([replaced(tensor) for tensor in self.tensors])
+            return [select(tensor) for tensor in self.tensors]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Take over the content of ``tensors``, and the tensors themselves where the batch is another."""
+        with ordinary_tensors():
+            pairs = zip(self.tensors, tensors, strict=True)
+            self._hold([own.copy_(new) if own.shape == new.shape else static(new) for own, new in pairs])
 
     def flush(self, lengths: Tensor, due: Tensor) -> None:
         """Pack the ``due`` oldest tokens of the residual.

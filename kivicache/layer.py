@@ -49,7 +49,7 @@ class KIVILayer(DynamicLayer):
             ValueError: where the new states do not fit the cached ones; the cache is left as it was.
         """
         check_pair(key_states, value_states)
-        if not self.is_initialized:
+        if not self.is_initialized or self._holds_nothing():
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
         packed = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
@@ -75,7 +75,7 @@ class KIVILayer(DynamicLayer):
         """Prepare empty stores with the batch, heads, widths, dtype and device of the first states."""
         self._keys, self._values = self._empty("keys", key_states), self._empty("values", value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        self._dense_reasons, self.is_initialized = None, True
 
     @property
     def keys(self) -> Tensor | None:
@@ -109,10 +109,7 @@ class KIVILayer(DynamicLayer):
         Raises:
             ValueError: for a positive number, which transformers 5.20 no longer allows, or one that is not whole.
         """
-        if not hasattr(tokens_to_remove, "__index__") or tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove: got {tokens_to_remove!r}; allowed: 0, or a negative number of tokens to remove"
-            )
+        check_crop(tokens_to_remove)
         if tokens_to_remove < 0:
             self._change(lambda states: states.crop(max(len(states) + tokens_to_remove, 0)))
 
@@ -153,15 +150,17 @@ class KIVILayer(DynamicLayer):
         """The bytes held, see [`MemoryReport`]."""
         return sum((states.memory() for states in self._states()), MemoryReport())
 
-    def pretend(self, token: Tensor, length: int) -> None:
+    def pretend(self, key: Tensor, value: Tensor, length: int) -> None:
         """Hold the memory of a prompt of ``length - 1`` tokens and one step, on the meta device.
 
         Args:
-            token: keys, or values, ``[batch, kv_heads, 1, head_dim]``.
+            key, value: of one token, ``[batch, kv_heads, 1, head_dim]``.
         """
-        self.lazy_initialization(token, token)
+        self.lazy_initialization(key, value)
         before, after = (packed_lengths(self.config, tokens) for tokens in (length - 1, length))
-        for states, prompt_length, packed_length in zip(self._states(), before, after, strict=True):
+        for states, token, prompt_length, packed_length in zip(
+            self._states(), (key, value), before, after, strict=True
+        ):
             states.pretend(length - 1, prompt_length)
             states.append(token, packed_length)
 
@@ -198,8 +197,9 @@ class KIVILayer(DynamicLayer):
         _check_dimensions(name, states)
         length = states.shape[2]
         if cached is not None and length <= len(cached) and torch.equal(states, cached.read()[:, :, :length]):
-            cached.crop(length)
-            return cached
+            kept = cached.snapshot()
+            kept.crop(length)
+            return kept
         self._dense_reasons = None
         fresh = self._empty(name, states)
         fresh.append(states, packed_lengths(self.config, length)[_SIDES.index(name)])
@@ -240,11 +240,14 @@ class KIVILayer(DynamicLayer):
                     raise ValueError(f"{name}: got {given}; allowed: {allowed}, as cached")
         return self._keys, self._values
 
+    def _holds_nothing(self) -> bool:
+        return self._keys is not None and self._values is not None and len(self._keys) == len(self._values) == 0
+
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         self._change(lambda states: states.map_batch(select))
 
     def _change(self, change: Callable[[KIVIStates], None]) -> None:
-        """Change keys and values, both or none; what an update returned earlier stays as it was."""
+        """Change keys and values, both or none; what an update returned earlier stays as it was until the next one."""
         changed = [None if states is None else states.snapshot() for states in (self._keys, self._values)]
         for states in changed:
             if states is not None:
@@ -253,6 +256,13 @@ class KIVILayer(DynamicLayer):
 
     def _states(self) -> Iterator[KIVIStates]:
         return (states for states in (self._keys, self._values) if states is not None)
+
+
+def check_crop(tokens_to_remove: Any) -> None:
+    if not hasattr(tokens_to_remove, "__index__") or tokens_to_remove > 0:
+        raise ValueError(
+            f"tokens_to_remove: got {tokens_to_remove!r}; allowed: 0, or a negative number of tokens to remove"
+        )
 
 
 def check_pair(key_states: Tensor, value_states: Tensor) -> None:

@@ -41,6 +41,7 @@ class KIVIStates:
         self.packed: list[tuple[list[int] | slice, TokenBuffer | PackedTokens]] = []
         heads_of_stores = heads_by_nbits(nbits)
         self.heads = tuple(heads_of_stores.values())
+        like = like[:, :, :0]  # a selection of heads is a copy
         for bits, members in heads_of_stores.items():
             heads = slice(None) if len(members) == len(nbits) else list(members)
             if bits == 16:

@@ -144,6 +144,35 @@ def test_a_masked_prompt_of_the_kivi_attention():
     assert (plain - capped).norm() / plain.norm() < 1e-4  # causal both times
 
 
+def test_the_kivi_attention_looks_both_ways_where_the_module_does():
+    """Encoders and cross-attention come without a mask, too."""
+    module = _Attention()
+    module.is_causal = False
+    query, states = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 12, 64)
+    expected = scaled_dot_product_attention(query, repeat_kv(states, 2), repeat_kv(states, 2)).transpose(1, 2)
+    for softcap in (None, 1e6):
+        output, _ = kivi_attention_forward(module, query, states, states, None, softcap=softcap)
+        assert (output - expected).norm() / expected.norm() < 1e-4
+    output, _ = kivi_attention_forward(_Attention(), query, states, states, None, softcap=1e6, is_causal=False)
+    assert (output - expected).norm() / expected.norm() < 1e-4
+
+
+def test_dropout_with_softcap():
+    query, states = torch.randn(2, 4, 9, 64), torch.ones(2, 2, 9, 64)
+    output, _ = kivi_attention_forward(_Attention(), query, states, states, None, dropout=0.5, softcap=50.0)
+    assert output.std() > 0.1 and abs(output.mean() - 1) < 0.5  # of values that are all 1
+    output, _ = kivi_attention_forward(_Attention(), query, states, states, None, dropout=1.0, softcap=50.0)
+    assert not output.any()
+
+
+def test_what_is_written_into_the_states_is_attended_to(fused_on_the_cpu):
+    (keys, values), _ = packed()
+    query = torch.randn(2, 2, 1, 64)
+    keys.mul_(0.0)
+    output = scaled_dot_product_attention(query, keys, values)
+    assert torch.allclose(output, values.mean(dim=2, keepdim=True), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sdpa", "kivi", "eager"])
 def test_generates_the_same_tokens_as_the_dense_path(fused_on_the_cpu, monkeypatch, name):
     config = KIVIConfig(nbits=2, **SMALL)
@@ -171,6 +200,18 @@ def test_explains_which_path_each_layer_takes(fused_on_the_cpu):
     assert [explained[layer_idx] for layer_idx in range(5)] == ["packed"] * 5
     for layer_idx, reason in enumerate(("nothing is packed", "values are rotated", "over 256", "float64"), start=5):
         assert explained[layer_idx].startswith("dense: ") and reason in explained[layer_idx]
+
+
+def test_the_model_s_attention_is_a_reason(fused_on_the_cpu):
+    model = copy.deepcopy(tiny_llama(layers=1))
+    states = torch.randn(2, 1, 2, 9, 16)
+    for capacity, fused in ((None, ("sdpa", "kivi")), (32, ("kivi",))):
+        cache = KIVICache(KIVIConfig(**SMALL), config=model.config, max_cache_len=capacity)
+        cache.update(*states, 0)
+        for name in ("sdpa", "kivi", "eager"):
+            model.set_attn_implementation(name)
+            assert (cache.explain() == {0: "packed"}) == (name in fused)
+            assert name in fused or f'the attention "{name}" sees dense tensors' in cache.explain()[0]
 
 
 FORMATS = {

@@ -67,7 +67,7 @@ def test_every_architecture_is_estimated_exactly_or_refused(name):
         found = estimate(config, SMALL, context=context)
     except ValueError as error:
         plain = {type(layer).__name__ for layer in full.layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
-        assert not plain or name in UNSEEN or "wide" in str(error), error
+        assert not plain or name in UNSEEN, error
     else:
         assert found.full_precision == sum(held_by(layer).total for layer in full.layers)
         assert found.cache == pytest.approx(packed.memory().total, rel=0.01)
@@ -113,8 +113,6 @@ def test_command_line_on_a_local_config(tmp_path, capsys):
 
 
 def test_what_cannot_be_estimated_says_so(tmp_path, capsys):
-    with pytest.raises(ValueError, match="its keys are 16 wide, its values"):
-        estimate(tiny_model("deepseek_v3").config, context=10)
     with pytest.raises(ValueError, match="has a LinearAttentionLayer, whose size its config does not tell"):
         estimate(tiny_model("mamba").config, context=10)
     with pytest.raises(ValueError, match="batch: got 0; allowed: a whole number from 1"):

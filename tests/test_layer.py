@@ -347,6 +347,28 @@ def test_a_change_that_fails_midway_changes_nothing(monkeypatch, change):
     assert torch.equal(layer.keys, before[0]) and torch.equal(layer.values, before[1])
 
 
+def test_after_a_first_update_that_fails_any_other_shape_fits(monkeypatch):
+    layer = KIVILayer(CONFIGS["K4V2"].layer(0))
+    with monkeypatch.context() as patched:
+        patched.setattr(KIVIStates, "append", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            layer.update(*torch.randn(2, 4, 2, 50, 16))
+    states = torch.randn(2, 1, 3, 20, 16, dtype=torch.float16)
+    layer.update(*states)
+    assert torch.equal(layer.keys[:, :, -8:], states[0][:, :, -8:]) and layer.dtype == torch.float16
+
+
+def test_what_an_update_returned_outlives_an_assignment(monkeypatch):
+    monkeypatch.setattr("kivicache.attention.FUSED_DEVICES", ["cpu", "cuda"])
+    pytest.importorskip("triton")
+    layer = KIVILayer(KIVIConfig(nbits=4, residual_length=8, sink_length=4).layer(0))
+    layer.update(*torch.randn(2, 1, 2, 80, 16))
+    seen, _ = layer.update(*torch.randn(2, 1, 2, 1, 16))
+    expected = layer.keys.clone()
+    layer.keys, layer.values = layer.keys[:, :, :50], layer.values[:, :, :50]
+    assert torch.equal(seen.dense(), expected) and layer.get_seq_length() == 50
+
+
 def test_a_head_that_is_not_there_is_refused():
     layer = KIVILayer(KIVIConfig(heads={0: {3: 8}}).layer(0))
     with pytest.raises(ValueError, match="heads: got kv head 3; allowed: 0 to 2"):

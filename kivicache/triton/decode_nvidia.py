@@ -1,4 +1,4 @@
-"""The fast twin of decode.py's kernel for NVIDIA: 2, 4 and 8 bits, keys per channel, values per token, groups of 32.
+"""The fast twin of decode_portable.py for NVIDIA: 2, 4 and 8 bits, keys per channel, values per token, groups of 32.
 
 One warp a program: no barrier ever waits for another warp. The packed bytes of the next tile travel to shared memory
 (cp.async) while this one is worked on, so nothing in flight holds a register.

@@ -78,12 +78,6 @@ def _asm(bits, f):
 
 
 @constexpr_function
-def _swizzle(row_bytes):
-    per = max(1, 128 // row_bytes)
-    return per, max(1, min(8 // per, row_bytes // 16))
-
-
-@constexpr_function
 def shared_layout(cols, nbytes):
     rb = cols * nbytes
     per = max(1, 128 // rb)
