@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
 
 from kivicache.backends import get_backend
-from kivicache.config import KIVIConfig, LayerConfig
+from kivicache.config import PRESETS, KIVIConfig, LayerConfig
 from kivicache.fixed import FixedKIVILayer, check_capacity
 from kivicache.layer import KIVILayer
 from kivicache.memory import MemoryReport, format_bytes, held_by
@@ -134,6 +134,21 @@ class KIVICache(DynamicCache):
                 explained[layer_idx] = f"{type(layer).__name__}: left as it is"
         return explained
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """How many tokens a layer's next ``query_length`` ones will see, and from which on.
+
+        A ``StaticLayer``, of 16 bits, takes any number of tokens; so a packed layer is asked whether they fit.
+
+        Raises:
+            ValueError: where they do not.
+        """
+        if self._is_fixed and type(self.layers[layer_idx]) is StaticLayer:
+            for layer in self.layers:
+                if isinstance(layer, FixedKIVILayer):
+                    layer.get_mask_sizes(query_length)
+                    break
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def _attention_reasons(self) -> list[str]:
         """Why the model's attention does not read packed bytes; empty where it does, or is not known."""
         name = getattr(self._model_config, "_attn_implementation", None)
@@ -212,6 +227,8 @@ def _as_kivi_config(cfg: Any) -> KIVIConfig:
     if isinstance(cfg, Mapping):
         return KIVIConfig.from_dict(cfg)
     if isinstance(cfg, (str, Path)):
+        if cfg in PRESETS:
+            raise ValueError(f"cfg: got {cfg!r}; allowed: KIVIConfig.preset({cfg!r}), or a path to a YAML file")
         return KIVIConfig.from_yaml(cfg)
     hint = "; the model's own config goes to config=" if isinstance(cfg, PreTrainedConfig) else ""
     raise ValueError(f"cfg: got {type(cfg).__name__}; allowed: a KIVIConfig, a dict, or a path to a YAML file{hint}")

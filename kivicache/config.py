@@ -170,7 +170,7 @@ class KIVIConfig(_Settings):
     @classmethod
     def paper(cls, nbits: int) -> KIVIConfig:
         """KIVI to the letter: groups of 32, a residual of 128, no sinks, Algorithm 1's two split points."""
-        return cls(nbits=nbits, **PAPER)
+        return cls(nbits=_checked("nbits", nbits), **PAPER)
 
     @classmethod
     def preset(cls, name: str) -> KIVIConfig:

@@ -316,7 +316,7 @@ class FixedKIVILayer(KIVILayer):
         if total > self.max_cache_len:
             raise ValueError(
                 f"max_cache_len: got {self.max_cache_len}, and {new} new tokens after {total - new} cached ones; "
-                "allowed: at least the tokens of the prompt and all new ones"
+                "allowed: at least the tokens of the prompt, all new ones, and those of a draft on top"
             )
 
 

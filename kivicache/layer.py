@@ -275,6 +275,8 @@ def check_pair(key_states: Tensor, value_states: Tensor) -> None:
 
 
 def _check_dimensions(name: str, states: Tensor) -> None:
+    if not isinstance(states, Tensor):
+        raise ValueError(f"{name}: got {type(states).__name__}; allowed: a tensor")
     if states.dim() != 4 or not states.is_floating_point():
         raise ValueError(
             f"{name}: got {states.dtype} of shape {list(states.shape)}; allowed: a floating tensor "

@@ -217,3 +217,13 @@ def test_the_cache_refuses_what_is_no_config():
         KIVICache(LlamaConfig())
     with pytest.raises(ValueError, match=r"cfg.*int"):
         KIVICache(4)
+
+
+def test_a_preset_s_name_is_no_file():
+    with pytest.raises(ValueError, match=r"allowed: KIVIConfig.preset\('3bit'\)"):
+        KIVICache("3bit")
+
+
+def test_the_paper_s_bits_are_checked():
+    with pytest.raises(ValueError, match="nbits: got None"):
+        KIVIConfig.paper(None)

@@ -371,6 +371,20 @@ def test_a_prompt_that_does_not_fit_allocates_nothing():
     assert layer.get_seq_length() == 20
 
 
+def test_a_16_bit_layer_in_front_is_refused_as_a_packed_one_is():
+    model = tiny_llama(layers=2)
+    cache = fixed_cache(KIVIConfig(nbits=2, layers={0: {"nbits": 16}}, **SMALL), 60, model)
+    for tokens, fits in ((61, False), (50, True), (11, False), (9, True), (2, False), (1, True), (1, False)):
+        before = [int(layer.get_seq_length()) for layer in cache.layers]
+        if fits:
+            model(torch.randint(90, (1, tokens)), past_key_values=cache)
+        else:
+            with pytest.raises(ValueError, match="max_cache_len: got 60"):
+                model(torch.randint(90, (1, tokens)), past_key_values=cache)
+            assert [int(layer.get_seq_length()) for layer in cache.layers] == before
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [60, 60]
+
+
 @pytest.mark.parametrize("given", [5, "x", 0.5])
 def test_a_refused_crop(given):
     layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 64)

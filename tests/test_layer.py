@@ -369,6 +369,11 @@ def test_what_an_update_returned_outlives_an_assignment(monkeypatch):
     assert torch.equal(seen.dense(), expected) and layer.get_seq_length() == 50
 
 
+def test_what_is_no_tensor_is_not_assigned():
+    with pytest.raises(ValueError, match="keys: got str; allowed: a tensor"):
+        KIVILayer(CONFIGS["K4V2"].layer(0)).keys = "a"
+
+
 def test_a_head_that_is_not_there_is_refused():
     layer = KIVILayer(KIVIConfig(heads={0: {3: 8}}).layer(0))
     with pytest.raises(ValueError, match="heads: got kv head 3; allowed: 0 to 2"):
