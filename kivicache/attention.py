@@ -127,6 +127,8 @@ _REPEATING = (Tensor.__getitem__, Tensor.expand, Tensor.reshape)
 def _repeated(func: Callable[..., Any], args: Any) -> PackedStates | None:
     """The states with one step of the repetition of their heads done, or None where ``func`` does something else."""
     states, *rest = args
+    if getattr(states, "_dense", None) is not None:  # it may have been written to
+        return None
     if func is Tensor.__getitem__:
         index = rest[0] if isinstance(rest[0], tuple) else ()
         if states.dim() != 4 or any(isinstance(part, Tensor) for part in index) or index != _NEW_AXIS:

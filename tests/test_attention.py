@@ -166,11 +166,13 @@ def test_dropout_with_softcap():
 
 
 def test_what_is_written_into_the_states_is_attended_to(fused_on_the_cpu):
-    (keys, values), _ = packed()
-    query = torch.randn(2, 2, 1, 64)
-    keys.mul_(0.0)
-    output = scaled_dot_product_attention(query, keys, values)
-    assert torch.allclose(output, values.mean(dim=2, keepdim=True), atol=1e-5)
+    for repeats in (1, 2):
+        (keys, values), _ = packed()
+        query = torch.randn(2, 2 * repeats, 1, 64)
+        keys.mul_(0.0)
+        output = scaled_dot_product_attention(query, repeat_kv(keys, repeats), repeat_kv(values, repeats))
+        expected = repeat_kv(values.mean(dim=2, keepdim=True), repeats)
+        assert torch.allclose(output, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "kivi", "eager"])
