@@ -18,7 +18,8 @@ class MemoryReport:
         scales: scales and minima of the packed codes.
         sinks: the first tokens, in full precision.
         residual: the newest tokens, in full precision.
-        full_precision: what is not quantized at all: 16-bit layers and heads, sliding windows, recurrent states.
+        full_precision: what is not quantized at all: 16-bit layers and heads (of a growing cache, between their sinks
+            and residual), sliding windows, recurrent states.
         slack: allocated room for more tokens.
         values: how many numbers are cached, of keys and values together.
         packed_values: how many of them are packed.

@@ -22,6 +22,11 @@ def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path):
     assert sorted(tmp_path.iterdir()) == [link, path]
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none'$"), replacing(tmp_path / "none" / "table.csv"):
+        pytest.fail("nothing to write to")
+
+
 def test_a_device_is_written_to():
     with replacing(os.devnull) as path:
         assert str(path) == os.devnull
