@@ -23,7 +23,7 @@ def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none'$"), replacing(tmp_path / "none" / "table.csv"):
+    with pytest.raises(FileNotFoundError, match=r"none'$"), replacing(tmp_path / "none" / "table.csv"):
         pytest.fail("nothing to write to")
 
 
