@@ -84,6 +84,7 @@ FORMATS = [
         Case("K4V4, half the heads K2V2", KIVIConfig(nbits=4, heads={0: HALF}), batch, tokens),
         Case("K16V2", KIVIConfig(nbits_key=16, nbits_value=2), batch, tokens),
         Case("K2V2 head_dim 64", K2V2, batch, tokens, head_dim=64),
+        Case("K4V2 head_dim 64", K4V2, batch, tokens, head_dim=64),
         Case("K4V4 head_dim 96", K4V4, batch, tokens, head_dim=96),
         Case("K2V2 head_dim 256", K2V2, batch, tokens, head_dim=256),
     )

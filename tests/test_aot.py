@@ -109,7 +109,7 @@ def compile_decode(
     return compile_kernel(decode_kernel, target, pointers, constants, warps)
 
 
-def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4, mixed=False, rotated=False):
+def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4, mixed=False, rotated=False, group_size=32):
     from kivicache.triton import decode_nvidia, tuning
 
     kernel = decode_nvidia.decode_kernel
@@ -120,7 +120,7 @@ def compile_fast(target, head_dim, nbits, mask=0, softcap=False, rows=4, mixed=F
         "Q": 1,
         "N": 8 if rows <= 8 else 16,
         "D": head_dim,
-        "G": 32,
+        "G": group_size,
         "BK": nbits[0],
         "BV": nbits[1],
         "WK": words(head_dim, nbits[0]),
@@ -216,6 +216,8 @@ FAST = {
         "compile_fast({target!r}, 64, (4, 4), mask=1, rows=16)",
         "compile_fast({target!r}, 128, (2, 2), mask=2, softcap=True)",
         "compile_fast({target!r}, 128, (4, 2), mixed=True, rotated=True)",
+        "compile_fast({target!r}, 64, (2, 2))",
+        "compile_fast({target!r}, 256, (4, 2), group_size=128)",
     ],
 }
 

@@ -328,6 +328,27 @@ def test_gpu_own_choice(head_dim, nbits, heads, query_length, mask, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("nbits", [(2, 2), (4, 2), (2, 8), (8, 4)], ids=str)
+@pytest.mark.parametrize(("group_size", "head_dim"), [(32, 64), (64, 128), (64, 256), (128, 256)], ids=str)
+@pytest.mark.parametrize("packed", [(128, 128), (640, 597), (640, 768), (128, 129), (1152, 1152)], ids=str)
+def test_gpu_fast_groups(nbits, group_size, head_dim, packed):
+    """Groups as large as a part of a tile, as a tile and as two; they may end within a tile."""
+    for sinks, newest in ((0, 33), (5, 160)):
+        problem = Problem(
+            nbits,
+            head_dim,
+            (4, 1),
+            2,
+            packed=packed,
+            sinks=sinks,
+            newest=newest,
+            group_size=group_size,
+            mask="padding",
+        )
+        assert problem.error(fast=True) <= FAST_TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu_every_format(case):
     packed = tuple(8 * count for count in case.get("packed", (64, 64)))

@@ -144,11 +144,12 @@ def format_reasons(
         reasons.append(f"dtype {dtype} is neither float16 nor bfloat16")
     if head_dims[0] != head_dims[1] or head_dims[0] not in (64, 128, 256):
         reasons.append(f"head_dim {head_dims} is none of 64, 128, 256 for both")
-    if group_sizes != (32, 32) or axes != ("channel", "token"):
-        reasons.append(f"group_size {group_sizes} and axes {axes} are not 32, (channel, token)")
-    for n in nbits:
-        if n not in (2, 4, 8) or head_dims[0] * n // 16 < 16:
-            reasons.append(f"{n} bits at head_dim {head_dims[0]} are not 16 words of packed codes or more")
+    if axes != ("channel", "token"):
+        reasons.append(f"axes {axes} are not (channel, token)")
+    if group_sizes[0] != group_sizes[1] or group_sizes[0] not in (32, 64, 128) or group_sizes[1] > head_dims[1] // 2:
+        reasons.append(f"group_size {group_sizes} is not 32, 64 or 128 for both, and at most half of the head")
+    if not set(nbits) <= {2, 4, 8}:
+        reasons.append(f"nbits {nbits} are not 2, 4 or 8 for both")
     return tuple(reasons)
 
 
@@ -161,6 +162,7 @@ def _splits(call: Call, pairs: Sequence[Pair], fast: bool, splits: int | None) -
         splits = tuning.fast_splits(
             (pairs[0].keys.nbits, pairs[0].values.nbits),
             call.keys.head_dim,
+            pairs[0].keys.group_size,
             n_both,
             call.n_total - n_both,
             heads,

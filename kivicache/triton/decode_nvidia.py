@@ -1,4 +1,4 @@
-"""The fast twin of decode_portable.py for NVIDIA: 2, 4 and 8 bits, keys per channel, values per token, groups of 32.
+"""The fast twin of decode_portable.py for NVIDIA: 2, 4 and 8 bits, keys per channel, values per token.
 
 One warp a program: no barrier ever waits for another warp. The packed bytes of the next tile travel to shared memory
 (cp.async) while this one is worked on, so nothing in flight holds a register.
@@ -22,12 +22,14 @@ from kivicache.triton.tile_nvidia import (
     exp2,
     finish_scores,
     gl_barrier,
+    groups_of,
     half_operand_layout,
     issue_tile,
     load_full_tile,
+    load_value_words,
     mma_v2,
     mul_half,
-    pair_scores,
+    operand_words,
     query_factor,
     row_blocks,
     row_layout,
@@ -38,6 +40,7 @@ from kivicache.triton.tile_nvidia import (
     split_columns,
     stack_rows,
     store_rows,
+    tile_scores,
     to_half,
     unpack_field,
 )
@@ -127,12 +130,12 @@ def decode_kernel(
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, MMA)
-    FK: gl.constexpr = 16 // BK
-    FV: gl.constexpr = 16 // BV
+    UK: gl.constexpr = operand_words(WK)
+    UV: gl.constexpr = operand_words(WV)
     NC: gl.constexpr = D // G
     NCP: gl.constexpr = 8 if NC < 8 else 16
-    NG: gl.constexpr = BT // G
-    WB: gl.constexpr = WV if WV < G else G
+    NG: gl.constexpr = groups_of(BT, G)
+    WB: gl.constexpr = UV if UV < G else G
     NN: gl.constexpr = ROWS // Q  # query heads of one key head
     # p is 32 at the most, not 1: the weights far below the largest, thousands of which add up, keep 5 more bits above
     # float16's smallest, and a value's scale may still be 2047.
@@ -239,15 +242,15 @@ def decode_kernel(
     # The query, per field. Each row times a power of two that brings it below 1, so that its product with a key scale
     # stays within float16; the scores are multiplied back, and with the scale, in float32.
     n = gl.arange(0, N, layout=gl.SliceLayout(0, B))
-    w = gl.arange(0, WK, layout=gl.SliceLayout(1, B))
+    w = gl.arange(0, UK, layout=gl.SliceLayout(1, B))
     qp = qr_ptr + (i_bh * ROWS + row + n[None, :]) * D + w[:, None]
     q = ()
-    for f in gl.static_range(FK):
-        q = q + (gl.load(qp + f * WK, mask=(n < n_ok)[None, :], other=0.0).to(gl.float32),)
-    shrink, grow = row_powers(q, FK)
+    for f in gl.static_range(D // UK):
+        q = q + (gl.load(qp + f * UK, mask=(n < n_ok)[None, :], other=0.0).to(gl.float32),)
+    shrink, grow = row_powers(q, D // UK)
     qb = ()
-    for f in gl.static_range(FK):
-        qb = qb + (to_half(q[f] * (shrink * query_factor(BK, f))[None, :]),)
+    for f in gl.static_range(D // UK):
+        qb = qb + (to_half(q[f] * (shrink * query_factor(BK, f * UK // WK))[None, :]),)
     score_factor = gl.convert_layout(grow, ROW) * (scale * score_unit(BK))
     gl_barrier()
     # shared memory rings
@@ -327,11 +330,7 @@ def decode_kernel(
             WV,
         )
         cur = i % STAGES
-        s = pair_scores(qb, skw.index(cur), sks.index(cur), skm.index(cur), MMA, N, 0, D, G, WK, BK)
-        if NG == 4:
-            s = stack_rows(
-                s, pair_scores(qb, skw.index(cur), sks.index(cur), skm.index(cur), MMA, N, 2, D, G, WK, BK), MMA
-            )
+        s = tile_scores(qb, skw.index(cur), sks.index(cur), skm.index(cur), MMA, N, D, G, WK, BK)
         t = t_first + i * BT + gl.arange(0, BT, layout=gl.SliceLayout(1, MMA))
         if not DEFER:
             s = s * score_factor[None, :]
@@ -372,17 +371,17 @@ def decode_kernel(
         else:
             vmt = svm.index(cur).permute([1, 0]).load(A)
         acc_m = mma_v2(vmt, p, acc_m * alpha[None, :])
-        words = svw.index(cur).permute([1, 0]).load(A)
+        words = load_value_words(svw.index(cur), BV, A)
         svt = split_columns(svs.index(cur).load(scale_layout(BT, NC)), BT, NC)
         new = ()
         pg = p
-        for f in gl.static_range(FV):
-            codes = row_blocks(unpack_field(words, BV, f), WV // WB, A)
-            for b in gl.static_range(WV // WB):
-                if (f * WV + b * WB) % G == 0:
-                    sg = gl.convert_layout(svt[(f * WV + b * WB) // G], gl.SliceLayout(1, B), assert_trivial=True)
+        for f in gl.static_range(D // UV):
+            codes = row_blocks(unpack_field(words, BV, f * UV // WV), UV // WB, A)
+            for b in gl.static_range(UV // WB):
+                if (f * UV + b * WB) % G == 0:
+                    sg = gl.convert_layout(svt[(f * UV + b * WB) // G], gl.SliceLayout(1, B), assert_trivial=True)
                     pg = mul_half(p, gl.broadcast(gl.expand_dims(sg, 1), p)[0])
-                new = new + (mma_v2(codes[b], pg, acc[f * (WV // WB) + b] * alpha[None, :]),)
+                new = new + (mma_v2(codes[b], pg, acc[f * (UV // WB) + b] * alpha[None, :]),)
         acc = new
 
     async_copy.wait_group(0)

@@ -7,6 +7,9 @@ the query, field by field, for the keys, and into the epilogue for the values. A
 of the dot: q.(c s + mn) = (q s).c + q.mn, p.(c s + mn) = (p s).c + p.mn.
 
 Tokens are the rows (keys) and channels the rows (values) of the dot's first operand, the query heads its 8 columns.
+
+Such an operand is 16 words wide. A token of 8 words (2 bits at head_dim 64) is widened to 16: the words and, beside
+them, the same words shifted by one field, so that one AND gives fields f and f + 1, which are neighbouring channels.
 """
 
 from triton.experimental import gluon
@@ -37,6 +40,22 @@ else:
 @gluon.jit
 def gl_barrier():
     gl_barrier_op()
+
+
+# Tokens of a key group of the finest kind: a tile is two such parts, and each lies in one group.
+PART = gl.constexpr(32)
+
+
+@constexpr_function
+def operand_words(words):
+    """The words of a token in a dot's operand, see above."""
+    return max(words, 16)
+
+
+@constexpr_function
+def groups_of(tokens, group_size):
+    """The key groups that ``tokens`` tokens from a multiple of them on lie in."""
+    return max(tokens // group_size, 1)
 
 
 @constexpr_function
@@ -93,6 +112,12 @@ def _copy_layout(cols, vec):
 @gluon.jit
 def unpack_field(words, BITS: gl.constexpr, f: gl.constexpr):
     return gl.inline_asm_elementwise(_asm(BITS, f), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _next_field(words, BITS: gl.constexpr):
+    """Field f + 1 where field f was. The upper of two words leaves a field in the lower's last, which is not read."""
+    return gl.inline_asm_elementwise(f"shr.b32 $0, $1, {BITS};", "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -162,12 +187,13 @@ def issue_tile(
     LK: gl.constexpr = _copy_layout(WK, 8)
     LV: gl.constexpr = _copy_layout(WV, 8)
     NC: gl.constexpr = D // G
+    NG: gl.constexpr = groups_of(BT, G)
     LM: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     LS: gl.constexpr = gl.BlockedLayout([1, NC], [32, 1], [1, 1], [1, 0])
     r = t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, LK))
     c = gl.arange(0, WK, layout=gl.SliceLayout(0, LK))
     async_load(skw, kw + r.to(gl.int64)[:, None] * WK + c[None, :], mask=(r < T)[:, None])
-    e = gl.arange(0, BT // G * D, layout=LM)
+    e = gl.arange(0, NG * D, layout=LM)
     me = (t0 // G) * D + e < ((T + G - 1) // G) * D
     async_load(sks, ks + (t0 // G).to(gl.int64) * D + e, mask=me)
     async_load(skm, km + (t0 // G).to(gl.int64) * D + e, mask=me)
@@ -189,34 +215,63 @@ def half_operand_layout(W):
     return gl.DistributedLinearLayout(regs, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, W])
 
 
+@constexpr_function
+def _half_columns_layout(T):
+    """[T, 8]: one half of the columns of a dot's first operand."""
+    regs = [[0, 1], [8, 0]] + [[1 << i, 0] for i in range(4, T.bit_length() - 1)]
+    return gl.DistributedLinearLayout(regs, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [T, 8])
+
+
 @gluon.jit
-def _group_scores(
+def load_key_words(x, BITS: gl.constexpr, A: gl.constexpr):
+    """Words [T, W] in shared memory as a dot's first operand: [T, operand_words(W)]."""
+    T: gl.constexpr = x.shape[0]
+    if x.shape[1] == 8:
+        half = x.load(_half_columns_layout(T))
+        both = gl.join(half, _next_field(half, BITS)).permute(0, 2, 1).reshape([T, 16])
+        return gl.convert_layout(both, A, assert_trivial=True)
+    else:
+        return x.load(A)
+
+
+@gluon.jit
+def load_value_words(x, BITS: gl.constexpr, A: gl.constexpr):
+    """Words [T, W] in shared memory, channels as the rows of a dot's first operand: [operand_words(W), T]."""
+    if x.shape[1] == 8:
+        half = x.permute([1, 0]).load(half_operand_layout(x.shape[0]))
+        return stack_rows(half, _next_field(half, BITS), A)
+    else:
+        return x.permute([1, 0]).load(A)
+
+
+@gluon.jit
+def _part_scores(
     acc,
     qb,
     skw,
     sks,
     MMA: gl.constexpr,
-    N: gl.constexpr,
-    g: gl.constexpr,
+    part: gl.constexpr,
     D: gl.constexpr,
     G: gl.constexpr,
     WK: gl.constexpr,
     BK: gl.constexpr,
 ):
-    """acc + q . (code * scale) / score_unit of one key group: [G, N]."""
+    """acc + q . (code * scale) / score_unit of PART tokens: [PART, N]."""
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    words = skw.slice(g * G, G, dim=0).load(A)
-    for f in gl.static_range(16 // BK):
-        s = sks.slice(g * D + f * WK, WK).load(gl.SliceLayout(1, B))
-        s2 = gl.broadcast(gl.expand_dims(s, 1), qb[f])[0]
-        acc = mma_v2(unpack_field(words, BK, f), mul_half(qb[f], s2), acc)
+    U: gl.constexpr = operand_words(WK)
+    words = load_key_words(skw.slice(part * PART, PART, dim=0), BK, A)
+    for i in gl.static_range(D // U):
+        s = sks.slice(part * PART // G * D + i * U, U).load(gl.SliceLayout(1, B))
+        s2 = gl.broadcast(gl.expand_dims(s, 1), qb[i])[0]
+        acc = mma_v2(unpack_field(words, BK, i * U // WK), mul_half(qb[i], s2), acc)
     return acc
 
 
 @gluon.jit
 def _spread(x, MMA: gl.constexpr):
-    """[8, N] of equal rows -> [32, N]"""
+    """[8, N] of equal rows -> [PART, N]"""
     N: gl.constexpr = x.shape[1]
     y = gl.join(x, x)
     y = gl.join(y, y).permute(2, 3, 0, 1).reshape([32, N])
@@ -224,46 +279,46 @@ def _spread(x, MMA: gl.constexpr):
 
 
 @gluon.jit
-def pair_scores(
+def tile_scores(
     qb,
     skw,
     sks,
     skm,
     MMA: gl.constexpr,
     N: gl.constexpr,
-    g: gl.constexpr,
     D: gl.constexpr,
     G: gl.constexpr,
     WK: gl.constexpr,
     BK: gl.constexpr,
 ):
-    """Scores of two key groups, in units of score_unit: [2 * G, N].
+    """Scores of a tile, in units of score_unit: [2 * PART, N].
 
-    The minimum's part comes first, from one chain of dots for both groups: rows 0 to 7 hold one group's minimum, rows
-    8 to 15 the other's. The codes' dots go on from there.
+    The minimum's part comes first, from one chain of dots for both parts, each in a key group: rows 0 to 7 hold one
+    part's minimum, rows 8 to 15 the other's. The codes' dots go on from there.
     """
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    R: gl.constexpr = half_operand_layout(WK)
+    U: gl.constexpr = operand_words(WK)
+    R: gl.constexpr = half_operand_layout(U)
     PER: gl.constexpr = 10 // BK
     UNIT: gl.constexpr = score_unit(BK)
     off = gl.zeros([16, N], gl.float32, layout=MMA)
     for k in gl.static_range(PER):
         part = gl.zeros([16, N], gl.float32, layout=MMA)
-        for f in gl.static_range(16 // BK):
-            if f % PER == k:
-                z = gl.zeros([8, WK], gl.float16, layout=R)
-                m0 = skm.slice(g * D + f * WK, WK).load(gl.SliceLayout(0, R))
-                m1 = skm.slice((g + 1) * D + f * WK, WK).load(gl.SliceLayout(0, R))
+        for i in gl.static_range(D // U):
+            if (i * U // WK) % PER == k:
+                z = gl.zeros([8, U], gl.float16, layout=R)
+                m0 = skm.slice(i * U, U).load(gl.SliceLayout(0, R))
+                m1 = skm.slice(PART // G * D + i * U, U).load(gl.SliceLayout(0, R))
                 m0 = gl.broadcast(gl.expand_dims(m0, 0), z)[0]
                 m1 = gl.broadcast(gl.expand_dims(m1, 0), z)[0]
-                part = mma_v2(stack_rows(m0, m1, A), qb[f], part)
+                part = mma_v2(stack_rows(m0, m1, A), qb[i], part)
         if k == 0:
             off = part * (1.0 / (query_factor(BK, k) * UNIT))
         else:
             off += part * (1.0 / (query_factor(BK, k) * UNIT))
     o0, o1 = gl.split(off.reshape([2, 8, N]).permute(1, 2, 0))
-    s0 = _group_scores(_spread(o0, MMA), qb, skw, sks, MMA, N, g, D, G, WK, BK)
-    s1 = _group_scores(_spread(o1, MMA), qb, skw, sks, MMA, N, g + 1, D, G, WK, BK)
+    s0 = _part_scores(_spread(o0, MMA), qb, skw, sks, MMA, 0, D, G, WK, BK)
+    s1 = _part_scores(_spread(o1, MMA), qb, skw, sks, MMA, 1, D, G, WK, BK)
     return stack_rows(s0, s1, MMA)
 
 

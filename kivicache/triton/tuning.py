@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-# Tokens in a tile of decode_nvidia. 128 needed twice the shared memory and lost a quarter of the speed; below 64 the
-# two key groups that share one dot with the minimum are not there.
+# Tokens in a tile of decode_nvidia: two parts of 32, which share one dot with the minimum. 128 needed twice the shared
+# memory and lost a quarter of the speed.
 BLOCK_T = 64
 # Tiles in flight in a program, the one being worked on included. 3 and 4 were slower: fewer programs fit.
 STAGES = 2
@@ -43,12 +43,12 @@ def max_registers(rows: int, head_dim: int) -> int | None:
 
 
 @functools.lru_cache
-def resident_programs(nbits: tuple[int, int], head_dim: int, rows: int, device: torch.device) -> int:
+def resident_programs(nbits: tuple[int, int], head_dim: int, group_size: int, rows: int, device: torch.device) -> int:
     """How many programs of decode_nvidia run at once on the device: by registers and by shared memory."""
     properties = _device(device.index if device.index is not None else torch.cuda.current_device())
     words = sum(head_dim * n // 16 for n in nbits)
-    columns = head_dim // 32
-    tile = BLOCK_T * words * 2 + (BLOCK_T // 32) * head_dim * 4 + BLOCK_T * (columns + (8 if columns < 8 else 16)) * 2
+    columns, groups = head_dim // group_size, max(BLOCK_T // group_size, 1)
+    tile = BLOCK_T * words * 2 + groups * head_dim * 4 + BLOCK_T * (columns + (8 if columns < 8 else 16)) * 2
     shared = max(STAGES * tile, 32 * head_dim * 2) + 1024
     by_shared = properties.shared_memory_per_multiprocessor // shared
     by_registers = 65536 // 32 // (max_registers(rows, head_dim) or 255)
@@ -75,12 +75,19 @@ def splits(tiles: int, heads: int, slots: int) -> int:
 
 
 def fast_splits(
-    nbits: tuple[int, int], head_dim: int, packed: int, full: int, heads: int, rows: int, device: torch.device
+    nbits: tuple[int, int],
+    head_dim: int,
+    group_size: int,
+    packed: int,
+    full: int,
+    heads: int,
+    rows: int,
+    device: torch.device,
 ) -> int:
     """Programs per key head for decode_nvidia, given its tokens, packed and in full precision."""
     block = max(8, 1 << (min(rows, MAX_ROWS) - 1).bit_length())
     tiles = -(-packed // BLOCK_T) + 2 * (-(-full // 32) + 1)
-    return splits(tiles, heads * -(-rows // block), resident_programs(nbits, head_dim, block, device))
+    return splits(tiles, heads * -(-rows // block), resident_programs(nbits, head_dim, group_size, block, device))
 
 
 def portable_splits(tokens: int, heads: int, rows: int, device: torch.device) -> int:
