@@ -129,7 +129,7 @@ class FixedKIVILayer(KIVILayer):
         self._kernels = (
             not self._dense_reasons
             and keys.head_dim == values.head_dim
-            and all(len(form.nbits) == 1 and form.nbits[0] < 16 and form.rotation is None for form in (keys, values))
+            and all(len(form.nbits) == 1 and form.nbits[0] < 16 for form in (keys, values))
         )
         self._forget()
         self.is_initialized = True

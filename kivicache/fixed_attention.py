@@ -201,9 +201,11 @@ def _append(
     group_size: int,
     axis_key: str,
     axis_value: str,
+    rotated: bool,
     sink_length: int,
     residual_length: int,
     block_length: int,
+    flush_length: int,
     max_cache_len: int,
 ) -> None:
     from kivicache.triton.append import append as append_kernel  # triton is optional
@@ -218,9 +220,11 @@ def _append(
             nbits=tuple(nbits),
             group_size=group_size,
             axes=(axis_key, axis_value),
+            rotated=rotated,
             sink_length=sink_length,
             residual_length=residual_length,
             block_length=block_length,
+            flush_length=flush_length,
             max_cache_len=max_cache_len,
         )
 
@@ -230,8 +234,8 @@ _append_op = torch.library.custom_op(
     _append,
     mutates_args=("keys", "values", "lengths"),
     schema="(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) lengths, Tensor key_states, Tensor value_states, "
-    "int[] nbits, int group_size, str axis_key, str axis_value, int sink_length, int residual_length, "
-    "int block_length, int max_cache_len) -> ()",
+    "int[] nbits, int group_size, str axis_key, str axis_value, bool rotated, int sink_length, int residual_length, "
+    "int block_length, int flush_length, int max_cache_len) -> ()",
 )
 
 
@@ -262,8 +266,10 @@ def append_step(
         form.group_size,
         form.axis,
         values.format.axis,
+        form.rotation is not None,
         form.sink_length,
         form.residual_length,
         form.block_length,
+        form.flush_length,
         form.max_cache_len,
     )

@@ -41,4 +41,4 @@ def hadamard(states: Tensor) -> Tensor:
         a, b = states.unflatten(-1, (-1, 2, half)).unbind(-2)
         states = torch.stack([a + b, a - b], dim=-2).flatten(-3)
         half *= 2
-    return states / math.sqrt(block)
+    return states * (1 / math.sqrt(block))  # the kernels multiply with the same number, bit for bit

@@ -21,6 +21,7 @@ DTYPES = {
     "head": "*i32",
     "lse": "*fp32",
     "o": "*fp32",
+    "rotated": "*fp32",
 }
 
 
@@ -156,7 +157,7 @@ def compile_pack(target, head_dim, nbits):
         compile_kernel(kernel, target, pointer_types(kernel, "*bf16"), shape | extra | tile, warps)
 
 
-def compile_append(target, head_dim, nbits, query_length=1):
+def compile_append(target, head_dim, nbits, query_length=1, rotation_block=0):
     from triton import next_power_of_2
 
     from kivicache.triton.append import append_kernel
@@ -167,6 +168,7 @@ def compile_append(target, head_dim, nbits, query_length=1):
         "S": 32,
         "RESIDUAL": 128,
         "BLOCK": 32,
+        "FLUSH": 32,
         "SINK_ROWS": 48,
         "RES_ROWS": 192,
         "D": head_dim,
@@ -177,6 +179,7 @@ def compile_append(target, head_dim, nbits, query_length=1):
         "V_W": v_words,
         "K_CHANNEL": True,
         "V_CHANNEL": False,
+        "ROTATION_BLOCK": rotation_block,
         "BLOCK_G": 32,
         "BLOCK_KW": next_power_of_2(k_words),
         "BLOCK_VW": next_power_of_2(v_words),
@@ -203,7 +206,10 @@ PORTABLE = {
         "compile_decode({target!r}, 80, (2, 16), mask=1, mixed=True, rotated=True)",
         'compile_decode({target!r}, 128, (8, 8), group_size=128, axes=("token", "token"), states="*fp32")',
     ],
-    "append": ["compile_append({target!r}, 128, (4, 2))", "compile_append({target!r}, 80, (8, 8), query_length=5)"],
+    "append": [
+        "compile_append({target!r}, 128, (4, 2), rotation_block=128)",
+        "compile_append({target!r}, 80, (8, 8), query_length=5)",
+    ],
     "pack and combine": [
         "compile_pack({target!r}, 128, 8)",
         "compile_pack({target!r}, 80, 4)",

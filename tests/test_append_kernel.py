@@ -19,6 +19,8 @@ CASES = {  # name: (head_dim, dtype, config)
     "2_bits": (32, torch.float16, {"nbits_key": 2, "residual_length": 8, "sink_length": 5}),
     "8_bits": (80, torch.float32, {"nbits_key": 8, "nbits_value": 8, "group_size": 8, "sink_length": 0}),
     "per_token": (32, torch.float32, {"group_size": -1, "residual_length": 0, "sink_length": 40}),
+    "rotated": (32, torch.bfloat16, {"nbits_key": 2, "rotation": "hadamard", "sink_length": 5}),
+    "rotated_blocks": (80, torch.float32, {"rotation": "hadamard", "group_size": 24, "residual_length": 40}),
     "swapped": (
         32,
         torch.bfloat16,

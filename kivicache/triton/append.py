@@ -6,16 +6,21 @@ depends on a number of the host, so a captured graph goes on working.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kivicache.rotation import rotation_block
 from kivicache.triton.pack import _encode, _group_range, _scale_minimum
+from kivicache.triton.rotate import hadamard_rows
+
+TILE = tl.constexpr(16)  # tokens that are moved or rotated at once
 
 
 @triton.jit
 def _flush_channel(
-    res_ptr,  # [R, D]: the residual of one head
+    x_ptr,  # [due, D]: the oldest tokens of one head's residual, rotated where packed tokens are
     word_ptr,  # int16 [T, W]
     scale_ptr,
     min_ptr,  # float16 [T / G, D]
@@ -37,7 +42,7 @@ def _flush_channel(
         for f in tl.static_range(16 // NBITS):
             c = f * W + w
             ok = (r < G)[:, None] & ((w < W) & (c < D))[None, :]
-            x = tl.load(res_ptr + (g * G + r)[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + (g * G + r)[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
             low, high = _group_range(x, ok, 0)
             scale, minimum = _scale_minimum(low, high, (1 << NBITS) - 1)
             tl.store(scale_ptr + table + c, scale, mask=(w < W) & (c < D))
@@ -50,7 +55,7 @@ def _flush_channel(
 
 @triton.jit
 def _flush_token(
-    res_ptr,  # [R, D]: the residual of one head
+    x_ptr,  # [due, D]: the oldest tokens of one head's residual, rotated where packed tokens are
     word_ptr,  # int16 [T, W]
     scale_ptr,
     min_ptr,  # float16 [T, NC]
@@ -74,7 +79,7 @@ def _flush_token(
         for g in range(NC):
             c = g * G + r
             ok = (t < due)[:, None] & ((r < G) & (c < D))[None, :]
-            x = tl.load(res_ptr + t[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + t[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
             low, high = _group_range(x, ok, 1)
             scale, minimum = _scale_minimum(low, high, (1 << NBITS) - 1)
             tl.store(scale_ptr + table + g, scale, mask=t < due)
@@ -84,7 +89,7 @@ def _flush_token(
         for f in tl.static_range(16 // NBITS):
             c = f * W + w
             ok = (t < due)[:, None] & ((w < W) & (c < D))[None, :]
-            x = tl.load(res_ptr + t[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + t[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
             scale = tl.load(scale_ptr + table[:, None] + c[None, :] // G, mask=ok, other=0.0)
             minimum = tl.load(min_ptr + table[:, None] + c[None, :] // G, mask=ok, other=0.0)
             code = _encode(x, scale, minimum, (1 << NBITS) - 1)
@@ -100,8 +105,9 @@ def _append(
     sink_ptr,  # [S and more, D]
     word_ptr,
     scale_ptr,
-    min_ptr,
-    res_ptr,  # as in _flush_channel
+    min_ptr,  # as in _flush_channel
+    res_ptr,  # [R, D]: the residual of one head
+    rotated_ptr,  # float32 [due at most, D]: for the rotated tokens on their way, where ROTATION_BLOCK
     packed,
     target,
     total,
@@ -112,6 +118,7 @@ def _append(
     D: tl.constexpr,
     G: tl.constexpr,
     CHANNEL: tl.constexpr,
+    ROTATION_BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,17 +126,26 @@ def _append(
 ):
     """Flush, shift and store for the keys or the values of one head; returns how many are packed now."""
     due = tl.maximum(target - packed, 0)
+    c = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, TILE)
+    flush_ptr = res_ptr
+    if ROTATION_BLOCK:
+        for first in range(0, due, TILE):
+            ok = (first + r < due)[:, None] & (c < D)[None, :]
+            row = (first + r)[:, None] * D + c[None, :]
+            x = tl.load(res_ptr + row, mask=ok, other=0.0).to(tl.float32)
+            tl.store(rotated_ptr + row, hadamard_rows(x, ROTATION_BLOCK), mask=ok)
+        tl.debug_barrier()
+        flush_ptr = rotated_ptr
     if CHANNEL:
-        _flush_channel(res_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, BLOCK_G, BLOCK_W)
+        _flush_channel(flush_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, BLOCK_G, BLOCK_W)
     else:
         NC: tl.constexpr = (D + G - 1) // G
-        _flush_token(res_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, NC, 16, BLOCK_G, BLOCK_W)
-    c = tl.arange(0, BLOCK_D)
-    r = tl.arange(0, 16)
+        _flush_token(flush_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, NC, TILE, BLOCK_G, BLOCK_W)
     tl.debug_barrier()
     # Rows move up in ascending tiles: a barrier on either side, as a row may be another thread's to read.
     left = tl.where(due > 0, total - S - packed - due, 0)
-    for first in range(0, left, 16):
+    for first in range(0, left, TILE):
         ok = (first + r < left)[:, None] & (c < D)[None, :]
         row = (first + r)[:, None] * D + c[None, :]
         x = tl.load(res_ptr + due * D + row, mask=ok, other=0.0)
@@ -160,6 +176,7 @@ def append_kernel(
     v_min_ptr,  # float16 [B, H, T / G, D] or [B, H, T, ceil(D / G)]
     k_res_ptr,
     v_res_ptr,  # [B, H, RES_ROWS, D]
+    rotated_ptr,  # float32 [2, B, H, FLUSH, D], where ROTATION_BLOCK
     len_ptr,  # int32 [6]: sinks, packed keys, packed values, tokens, steps refused, programs done
     H,
     stride_kb,
@@ -177,6 +194,7 @@ def append_kernel(
     S: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    FLUSH: tl.constexpr,
     SINK_ROWS: tl.constexpr,
     RES_ROWS: tl.constexpr,
     D: tl.constexpr,
@@ -187,6 +205,7 @@ def append_kernel(
     V_W: tl.constexpr,
     K_CHANNEL: tl.constexpr,
     V_CHANNEL: tl.constexpr,
+    ROTATION_BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_KW: tl.constexpr,
     BLOCK_VW: tl.constexpr,
@@ -201,6 +220,7 @@ def append_kernel(
     total = tl.load(len_ptr + 3)
     target = tl.maximum(total - S - RESIDUAL, 0) // BLOCK * BLOCK
     new = tl.where(total + Q <= CAPACITY, Q, 0)
+    rotated_ptr += (tl.program_id(1) * tl.num_programs(0) + i_bh) * FLUSH * D
     if tl.program_id(1) == 0:
         _append(
             k_ptr + i_b * stride_kb + i_h * stride_kh,
@@ -210,6 +230,7 @@ def append_kernel(
             k_scale_ptr + i_bh * stride_km,
             k_min_ptr + i_bh * stride_km,
             k_res_ptr + i_bh * RES_ROWS * D,
+            rotated_ptr,
             n_key,
             target,
             total,
@@ -220,6 +241,7 @@ def append_kernel(
             D,
             G,
             K_CHANNEL,
+            ROTATION_BLOCK,
             BLOCK_G,
             BLOCK_KW,
             BLOCK_D,
@@ -234,6 +256,7 @@ def append_kernel(
             v_scale_ptr + i_bh * stride_vm,
             v_min_ptr + i_bh * stride_vm,
             v_res_ptr + i_bh * RES_ROWS * D,
+            rotated_ptr,
             n_value,
             target,
             total,
@@ -244,6 +267,7 @@ def append_kernel(
             D,
             G,
             V_CHANNEL,
+            ROTATION_BLOCK,
             BLOCK_G,
             BLOCK_VW,
             BLOCK_D,
@@ -271,9 +295,11 @@ def append(
     nbits: tuple[int, ...],
     group_size: int,
     axes: tuple[str, ...],
+    rotated: bool,
     sink_length: int,
     residual_length: int,
     block_length: int,
+    flush_length: int,
     max_cache_len: int,
 ) -> None:
     """Triton twin of ``kivicache.fixed_states.append``.
@@ -284,12 +310,16 @@ def append(
         key_states, value_states: the new tokens, ``[B, H, Q, D]``.
         nbits, axes: (key, value).
         group_size, axes: as in ``quantization.quantize``.
+        rotated: whether packed tokens are, see [`kivicache.rotation`].
         sink_length, residual_length, block_length: of the policy.
+        flush_length: the most tokens that can be due at once.
         max_cache_len: tokens beyond it are refused.
     """
     B, H, Q, D = key_states.shape
     key_states, value_states = (x if x.stride(3) == 1 else x.contiguous() for x in (key_states, value_states))
     words = [-(-D * n // 16) for n in nbits]
+    # in a captured graph one piece of memory for all layers
+    room = torch.empty((2, B, H, flush_length, D), device=lengths.device) if rotated else lengths
     append_kernel[(B * H, 2)](
         key_states,
         value_states,
@@ -301,6 +331,7 @@ def append(
         *values[3:],
         keys[1],
         values[1],
+        room,
         lengths,
         H,
         *key_states.stride()[:3],
@@ -314,6 +345,7 @@ def append(
         S=sink_length,
         RESIDUAL=residual_length,
         BLOCK=block_length,
+        FLUSH=flush_length,
         SINK_ROWS=keys[0].shape[2],
         RES_ROWS=keys[1].shape[2],
         D=D,
@@ -324,6 +356,7 @@ def append(
         V_W=words[1],
         K_CHANNEL=axes[0] == "channel",
         V_CHANNEL=axes[1] == "channel",
+        ROTATION_BLOCK=rotation_block(D) if rotated else 0,
         BLOCK_G=triton.next_power_of_2(min(group_size, D) if "channel" not in axes else group_size),
         BLOCK_KW=triton.next_power_of_2(words[0]),
         BLOCK_VW=triton.next_power_of_2(words[1]),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import constexpr_function
 
 from kivicache.rotation import rotation_block
 
 BLOCK_R = 4  # rows of a program: a decode step has few, and each is some hundred bytes
+
+
+@constexpr_function
+def _norm(block):
+    return 1 / math.sqrt(block)
 
 
 @triton.jit
@@ -22,7 +30,7 @@ def hadamard_rows(x, BLOCK: tl.constexpr):
             pairs = tl.permute(tl.reshape(x, [R, D >> (step + 1), 2, 1 << step]), [0, 1, 3, 2])
             a, b = tl.split(pairs)
             x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [R, D])
-    return x * (1.0 / tl.sqrt(tl.full([1, 1], BLOCK, tl.float32)))
+    return x * _norm(BLOCK)
 
 
 @triton.jit
