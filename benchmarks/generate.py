@@ -69,6 +69,7 @@ KIVI = {
     "kivi-2": KIVIConfig(nbits=2),
     "kivi-4": KIVIConfig(nbits=4),
     "kivi-k4v2": KIVIConfig(nbits_key=4, nbits_value=2),
+    "kivi-3bit": KIVIConfig.preset("3bit"),
     "kivi-2-r32": KIVIConfig(nbits=2, residual_length=32, sink_length=4),
     "kivi-2-paper-r32": KIVIConfig(nbits=2, residual_length=32, sink_length=0, policy="paper"),
 }

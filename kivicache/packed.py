@@ -14,9 +14,9 @@ from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
 from kivicache.triton import on_device, serves
 
-# Tokens that are quantized or dequantized at once where torch does it: bounds the float32 temporaries, however long
-# the cache is. A kernel needs none, and takes all tokens in one launch.
-CHUNK_LENGTH = 512
+# What is quantized or dequantized at once, in bytes of float32: bounds the temporaries, however long the cache is. A
+# kernel needs none unless it rotates, and takes all tokens in one launch.
+CHUNK_NBYTES = 2**24
 
 
 class PackedTokens:
@@ -88,8 +88,10 @@ class PackedTokens:
         out.copy_(dequantize(codes, scale, minimum, self.group_size, self.axis)[:, :, : stop - start])
 
     def _chunks(self, start: int, stop: int, at_once: bool) -> Iterator[tuple[int, int]]:
-        """The tokens in parts of ``CHUNK_LENGTH`` in whole groups, or in one."""
-        length = max(CHUNK_LENGTH // self.tokens_per_group, 1) * self.tokens_per_group
+        """The tokens in parts of up to ``CHUNK_NBYTES`` in float32, in whole groups, or in one."""
+        batch, heads = self.codes.data.shape[:2]
+        group_nbytes = 4 * batch * heads * self.head_dim * self.tokens_per_group
+        length = max(CHUNK_NBYTES // max(group_nbytes, 1), 1) * self.tokens_per_group
         for first in range(start, stop, max(stop - start, 1) if at_once else length):
             yield first, stop if at_once else min(first + length, stop)
 

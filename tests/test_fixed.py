@@ -101,8 +101,8 @@ def regret(model, inputs, output, growing):
     """How much worse the tokens of `output` are than the choices of a `growing` cache fed with them.
 
     The compiler rounds elsewhere than eager mode does, which now and then turns a code over and decides a tie: each
-    token must be the growing cache's choice, or as good as it. Returns the largest difference of logits, in standard
-    deviations.
+    token must be the growing cache's choice, or nearly as good. Returns the mean difference of logits, in standard
+    deviations: 0.01 where a code was turned over, 0.2 and more for a cache with one exact token more.
     """
     prompt_length, length = inputs["input_ids"].shape[1], output.shape[1]
     mask = torch.ones_like(output)
@@ -119,7 +119,7 @@ def regret(model, inputs, output, growing):
         logits.append(step.logits[:, -1:])
     logits = torch.cat(logits, dim=1).float()
     chosen = logits.gather(-1, output[:, prompt_length:, None])
-    return ((logits.amax(-1, keepdim=True) - chosen) / logits.std(-1, keepdim=True)).max()
+    return ((logits.amax(-1, keepdim=True) - chosen) / logits.std(-1, keepdim=True)).mean()
 
 
 COMPILED = {  # config, tokens of padding, backend
@@ -153,7 +153,7 @@ def test_generation_compiled_by_inductor(name, graphs):
     model, inputs, config = tiny_llama(layers=1), prompt(padding=9), CONFIGS[name]
     fixed = fixed_cache(config, model=model)
     output = generate(model, inputs, fixed, compile_config=compiled("inductor", mode="reduce-overhead"))
-    assert regret(model, inputs, output, KIVICache(config)) < 0.25
+    assert regret(model, inputs, output, KIVICache(config)) < 0.05
     assert graphs() == 1
 
 
@@ -520,7 +520,7 @@ def test_generate_captures_the_step(backend, padding, nbits, graphs, monkeypatch
         growing.reset()
         compile_config = backend and compiled(backend)
         output = generate(model, inputs, fixed, max_new_tokens=120, compile_config=compile_config)
-        assert regret(model, inputs, output, growing) < 0.25, turn
+        assert regret(model, inputs, output, growing) < 0.05, turn
         if backend is not None:  # not rounded elsewhere: the keys before the first attention are the same
             assert torch.equal(fixed.layers[0].keys, growing.layers[0].keys)
     assert graphs() == 1 and torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
@@ -566,6 +566,6 @@ def test_gpu_cuda_graphs_on_the_portable_kernel(config, padding, graphs):
         output = generate(model, inputs, fixed, max_new_tokens=100)
         compiled_graphs = graphs()
         assert all(reasons == "packed" for reasons in fixed.explain().values())
-        assert regret(model, inputs, output, KIVICache(config)) < 0.1
+        assert regret(model, inputs, output, KIVICache(config)) < 0.05
         fixed.reset()
     assert graphs() == compiled_graphs == 1
