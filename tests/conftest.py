@@ -10,11 +10,13 @@ with torch.device("meta"):
     torch.empty(0)  # from now on such a context knows the true torch.empty, which the fixture below replaces
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items:
+        if getattr(item.module, "DEVICE", "cpu") == "cuda":  # the kernels' tests, which the interpreter runs elsewhere
+            item.add_marker(pytest.mark.gpu)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)
