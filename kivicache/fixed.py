@@ -24,6 +24,8 @@ from kivicache.states import KIVIStates
 
 logger = logging.getLogger(__name__)
 
+BACKENDS = ("native", "mse")  # those whose arithmetic a graph can hold: no library's, no look at a value
+
 
 class FixedKIVILayer(KIVILayer):
     """A [`KIVILayer`] with room for ``max_cache_len`` tokens, allocated once.
@@ -42,9 +44,10 @@ class FixedKIVILayer(KIVILayer):
 
     def __init__(self, config: LayerConfig, max_cache_len: int, model_config: PreTrainedConfig | None = None):
         check_capacity(max_cache_len)
-        for name, given, allowed in (("policy", config.policy, "window"), ("backend", config.backend, "native")):
-            if given != allowed:
-                raise ValueError(f'{name}: got "{given}"; allowed with max_cache_len: "{allowed}"')
+        for name, given, allowed in (("policy", config.policy, ("window",)), ("backend", config.backend, BACKENDS)):
+            if given not in allowed:
+                names = " or ".join(f'"{each}"' for each in allowed)
+                raise ValueError(f'{name}: got "{given}"; allowed with max_cache_len: {names}')
         self.max_cache_len = max_cache_len
         self._model_config = model_config
         self._stores: tuple[FixedStates, FixedStates] | None = None

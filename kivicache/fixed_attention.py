@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kivicache.attention import PackedStates, head_pairs
+from kivicache.backends import mse
 from kivicache.buffer import TokenBuffer
 from kivicache.fixed_states import FixedFormat, FixedStates, append
 from kivicache.triton import on_device
@@ -202,6 +203,7 @@ def _append(
     axis_key: str,
     axis_value: str,
     rotated: bool,
+    backend: str,
     sink_length: int,
     residual_length: int,
     block_length: int,
@@ -221,6 +223,9 @@ def _append(
             group_size=group_size,
             axes=(axis_key, axis_value),
             rotated=rotated,
+            starts=mse.STARTS if backend == "mse" else 0,
+            narrowing=mse.NARROWING,
+            rounds=mse.ROUNDS,
             sink_length=sink_length,
             residual_length=residual_length,
             block_length=block_length,
@@ -234,8 +239,8 @@ _append_op = torch.library.custom_op(
     _append,
     mutates_args=("keys", "values", "lengths"),
     schema="(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) lengths, Tensor key_states, Tensor value_states, "
-    "int[] nbits, int group_size, str axis_key, str axis_value, bool rotated, int sink_length, int residual_length, "
-    "int block_length, int flush_length, int max_cache_len) -> ()",
+    "int[] nbits, int group_size, str axis_key, str axis_value, bool rotated, str backend, int sink_length, "
+    "int residual_length, int block_length, int flush_length, int max_cache_len) -> ()",
 )
 
 
@@ -267,6 +272,7 @@ def append_step(
         form.axis,
         values.format.axis,
         form.rotation is not None,
+        form.backend,
         form.sink_length,
         form.residual_length,
         form.block_length,

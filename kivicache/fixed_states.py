@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kivicache.backends import get_backend
 from kivicache.buffer import as_ordinary, ordinary_tensors
 from kivicache.config import LayerConfig
 from kivicache.packing import pack, unpack, words_per_token
 from kivicache.policy import packed_lengths
-from kivicache.quantization import METADATA_DTYPE, dequantize, quantize
+from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
 from kivicache.states import heads_by_nbits
 
@@ -36,7 +37,7 @@ class FixedFormat:
     Attributes:
         nbits: of each store, 2, 4, 8, or 16, where "codes" are the states themselves.
         heads: the kv heads of each store.
-        group_size, axis, rotation: as in [`KIVIConfig`], the group size in values.
+        group_size, axis, rotation, backend: as in [`KIVIConfig`], the group size in values.
         head_dim: of a token.
         length: the entry of ``lengths`` that counts the packed tokens, ``KEYS`` or ``VALUES``.
         sink_length, residual_length, block_length: of the "window" policy.
@@ -48,6 +49,7 @@ class FixedFormat:
     group_size: int
     axis: str
     rotation: str | None
+    backend: str
     head_dim: int
     length: int
     sink_length: int
@@ -113,6 +115,7 @@ class FixedStates:
             head_dim if config.group_size == -1 else config.group_size,
             axis,
             config.rotation,
+            config.backend,
             head_dim,
             length,
             config.sink_length,
@@ -183,6 +186,7 @@ class FixedStates:
         tokens = torch.arange(form.flush_length, device=lengths.device)
         states = self.residual[:, :, : form.flush_length]
         groups = tokens[: form.flush_length // form.tokens_per_group] + packed // form.tokens_per_group
+        backend = get_backend(form.backend)
         for store, bits, heads in zip(self.packed, form.nbits, form.heads, strict=True):
             # views and a concatenation: an index would be a tensor of its own in the graph
             part = states if len(self.packed) == 1 else torch.stack([states[:, head] for head in heads], dim=1)
@@ -191,7 +195,7 @@ class FixedStates:
                 continue
             if form.rotation is not None:
                 part = hadamard(part.float())
-            codes, scale, minimum = quantize(part, bits, form.group_size, form.axis)
+            codes, scale, minimum = backend.quantize(part, bits, form.group_size, form.axis)
             store.codes.index_copy_(2, packed + tokens, pack(codes, bits))
             store.scale.index_copy_(2, groups, scale)
             store.minimum.index_copy_(2, groups, minimum)

@@ -32,6 +32,7 @@ ORDER = [  # a module imports only from those above it
     "triton.decode",
     "triton.store",
     "triton.pack",
+    "triton.least_squares",
     "triton.append",
     "triton.unpack",
     "backends.base",

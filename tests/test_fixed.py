@@ -27,6 +27,7 @@ CONFIGS = {
     "16_bits": KIVIConfig(nbits=16, **SMALL),
     "heads": KIVIConfig(nbits=2, heads={0: {1: {"nbits_key": 8, "nbits_value": 4}}}, **SMALL),
     "exact_heads": KIVIConfig(nbits=4, heads={0: {0: {"nbits_key": 16, "nbits_value": 2}}}, **SMALL),
+    "mse": KIVIConfig(nbits=2, backend="mse", rotation="hadamard", **SMALL),
     "rotated_heads": KIVIConfig(nbits=4, rotation="hadamard", heads={0: {1: 2}}, **SMALL),
 }
 PACKED = {name: config for name, config in CONFIGS.items() if name != "16_bits"}
@@ -126,6 +127,7 @@ COMPILED = {  # config, tokens of padding, backend
     "aot_eager": ("2_bits", 0, "aot_eager"),
     "8_4_bits_left_padded": ("8_4_bits", 9, "eager"),
     "rotated": ("rotated", 9, "aot_eager"),
+    "mse": ("mse", 9, "aot_eager"),
     "per_token": ("per_token", 0, "eager"),
     "one_side": ("one_side", 9, "eager"),
     "16_bits": ("16_bits", 0, "eager"),

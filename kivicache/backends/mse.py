@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kivicache.backends.base import LibraryBackend
 
-NARROWINGS = (0.0, 0.15, 0.3)  # parts of the range that a start gives up, half at each end
+STARTS = 3
+NARROWING = 0.15  # start i gives up i times as much of the range, half at each end
 ROUNDS = 4
 
 
@@ -22,7 +23,8 @@ class MSEBackend(LibraryBackend, name="mse"):
         low, high = rows.aminmax(dim=1, keepdim=True)
         best_scale, best_minimum = (high - low) / (2**nbits - 1), low
         best_error = _error(rows, best_scale, best_minimum, nbits)
-        for narrowing in NARROWINGS:
+        for start in range(STARTS):
+            narrowing = start * NARROWING
             scale = best_scale.new_tensor((1 - narrowing) / (2**nbits - 1)) * (high - low)
             minimum = low + (high - low) * (narrowing / 2)
             for _ in range(ROUNDS):

@@ -12,10 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from kivicache.rotation import rotation_block
+from kivicache.triton.least_squares import least_squares_range
 from kivicache.triton.pack import _encode, _group_range, _scale_minimum
 from kivicache.triton.rotate import hadamard_rows
 
 TILE = tl.constexpr(16)  # tokens that are moved or rotated at once
+
+
+@triton.jit
+def _fit(
+    x, ok, DIM: tl.constexpr, LEVELS: tl.constexpr, STARTS: tl.constexpr, NARROWING: tl.constexpr, ROUNDS: tl.constexpr
+):
+    """Scale and minimum of groups along DIM: min-max where there are no STARTS, else of least squared error."""
+    low, high = _group_range(x, ok, DIM)
+    if STARTS == 0:
+        return _scale_minimum(low, high, LEVELS)
+    else:
+        return least_squares_range(x, ok, low, high, DIM, LEVELS, STARTS, NARROWING, ROUNDS)
 
 
 @triton.jit
@@ -30,6 +43,9 @@ def _flush_channel(
     W: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
+    STARTS: tl.constexpr,
+    NARROWING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -39,12 +55,11 @@ def _flush_channel(
     for g in range(due // G):
         words = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
         table = (packed // G + g) * D
-        for f in tl.static_range(16 // NBITS):
+        for f in range(16 // NBITS):
             c = f * W + w
             ok = (r < G)[:, None] & ((w < W) & (c < D))[None, :]
             x = tl.load(x_ptr + (g * G + r)[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
-            low, high = _group_range(x, ok, 0)
-            scale, minimum = _scale_minimum(low, high, (1 << NBITS) - 1)
+            scale, minimum = _fit(x, ok, 0, (1 << NBITS) - 1, STARTS, NARROWING, ROUNDS)
             tl.store(scale_ptr + table + c, scale, mask=(w < W) & (c < D))
             tl.store(min_ptr + table + c, minimum, mask=(w < W) & (c < D))
             code = _encode(x, scale[None, :], minimum[None, :], (1 << NBITS) - 1)
@@ -66,6 +81,9 @@ def _flush_token(
     D: tl.constexpr,
     G: tl.constexpr,
     NC: tl.constexpr,
+    STARTS: tl.constexpr,
+    NARROWING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -80,8 +98,7 @@ def _flush_token(
             c = g * G + r
             ok = (t < due)[:, None] & ((r < G) & (c < D))[None, :]
             x = tl.load(x_ptr + t[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
-            low, high = _group_range(x, ok, 1)
-            scale, minimum = _scale_minimum(low, high, (1 << NBITS) - 1)
+            scale, minimum = _fit(x, ok, 1, (1 << NBITS) - 1, STARTS, NARROWING, ROUNDS)
             tl.store(scale_ptr + table + g, scale, mask=t < due)
             tl.store(min_ptr + table + g, minimum, mask=t < due)
         tl.debug_barrier()
@@ -119,6 +136,9 @@ def _append(
     G: tl.constexpr,
     CHANNEL: tl.constexpr,
     ROTATION_BLOCK: tl.constexpr,
+    STARTS: tl.constexpr,
+    NARROWING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -138,10 +158,44 @@ def _append(
         tl.debug_barrier()
         flush_ptr = rotated_ptr
     if CHANNEL:
-        _flush_channel(flush_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, BLOCK_G, BLOCK_W)
+        _flush_channel(
+            flush_ptr,
+            word_ptr,
+            scale_ptr,
+            min_ptr,
+            packed,
+            due,
+            NBITS,
+            W,
+            D,
+            G,
+            STARTS,
+            NARROWING,
+            ROUNDS,
+            BLOCK_G,
+            BLOCK_W,
+        )
     else:
         NC: tl.constexpr = (D + G - 1) // G
-        _flush_token(flush_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, NC, TILE, BLOCK_G, BLOCK_W)
+        _flush_token(
+            flush_ptr,
+            word_ptr,
+            scale_ptr,
+            min_ptr,
+            packed,
+            due,
+            NBITS,
+            W,
+            D,
+            G,
+            NC,
+            STARTS,
+            NARROWING,
+            ROUNDS,
+            TILE,
+            BLOCK_G,
+            BLOCK_W,
+        )
     tl.debug_barrier()
     # Rows move up in ascending tiles: a barrier on either side, as a row may be another thread's to read.
     left = tl.where(due > 0, total - S - packed - due, 0)
@@ -206,6 +260,9 @@ def append_kernel(
     K_CHANNEL: tl.constexpr,
     V_CHANNEL: tl.constexpr,
     ROTATION_BLOCK: tl.constexpr,
+    STARTS: tl.constexpr,
+    NARROWING: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_KW: tl.constexpr,
     BLOCK_VW: tl.constexpr,
@@ -242,6 +299,9 @@ def append_kernel(
             G,
             K_CHANNEL,
             ROTATION_BLOCK,
+            STARTS,
+            NARROWING,
+            ROUNDS,
             BLOCK_G,
             BLOCK_KW,
             BLOCK_D,
@@ -268,6 +328,9 @@ def append_kernel(
             G,
             V_CHANNEL,
             ROTATION_BLOCK,
+            STARTS,
+            NARROWING,
+            ROUNDS,
             BLOCK_G,
             BLOCK_VW,
             BLOCK_D,
@@ -296,6 +359,9 @@ def append(
     group_size: int,
     axes: tuple[str, ...],
     rotated: bool,
+    starts: int,
+    narrowing: float,
+    rounds: int,
     sink_length: int,
     residual_length: int,
     block_length: int,
@@ -311,6 +377,7 @@ def append(
         nbits, axes: (key, value).
         group_size, axes: as in ``quantization.quantize``.
         rotated: whether packed tokens are, see [`kivicache.rotation`].
+        starts, narrowing, rounds: as in ``backends.mse``; no starts: min-max.
         sink_length, residual_length, block_length: of the policy.
         flush_length: the most tokens that can be due at once.
         max_cache_len: tokens beyond it are refused.
@@ -357,6 +424,9 @@ def append(
         K_CHANNEL=axes[0] == "channel",
         V_CHANNEL=axes[1] == "channel",
         ROTATION_BLOCK=rotation_block(D) if rotated else 0,
+        STARTS=starts,
+        NARROWING=narrowing,
+        ROUNDS=rounds,
         BLOCK_G=triton.next_power_of_2(min(group_size, D) if "channel" not in axes else group_size),
         BLOCK_KW=triton.next_power_of_2(words[0]),
         BLOCK_VW=triton.next_power_of_2(words[1]),
