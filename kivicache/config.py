@@ -183,7 +183,7 @@ class KIVIConfig(_Settings):
 
         All presets rotate, which helped that model, but tripled the KL of a Gemma 3 model: measure yours
         with ``kivicache eval --cache kivi:4bit kivi:4bit:rotation=null``, or let ``kivicache tune`` decide layer by
-        layer. Groups of 32 ("3bit", "4bit", "5bit") have the faster kernel; groups of 64 the portable one.
+        layer. All have the faster kernel, but for groups of 64 ("2.5bit", "3.5bit") where head_dim is 64.
 
         Args:
             name: "2.5bit", "3bit", "3.5bit", "4bit" or "5bit".

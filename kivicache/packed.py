@@ -14,9 +14,9 @@ from kivicache.quantization import METADATA_DTYPE, dequantize
 from kivicache.rotation import hadamard, rotation_block
 from kivicache.triton import on_device, serves
 
-# What is quantized or dequantized at once, in bytes of float32: bounds the temporaries, however long the cache is. A
-# kernel needs none unless it rotates, and takes all tokens in one launch.
-CHUNK_NBYTES = 2**24
+# What is quantized or dequantized at once, in bytes of float32, and in tokens at least: bounds the temporaries,
+# however long the cache is. A kernel needs none unless it rotates, and takes all tokens in one launch.
+CHUNK_NBYTES, CHUNK_LENGTH = 2**24, 32
 
 
 class PackedTokens:
@@ -70,7 +70,7 @@ class PackedTokens:
             if self.rotation is None:
                 self._dequantize(part, first, last)
             else:
-                states = torch.empty(part.shape, device=out.device)
+                states = torch.empty(part.shape, dtype=torch.float32, device=out.device)
                 self._dequantize(states, first, last)
                 part.copy_(_rotated(states))
 
@@ -88,10 +88,11 @@ class PackedTokens:
         out.copy_(dequantize(codes, scale, minimum, self.group_size, self.axis)[:, :, : stop - start])
 
     def _chunks(self, start: int, stop: int, at_once: bool) -> Iterator[tuple[int, int]]:
-        """The tokens in parts of up to ``CHUNK_NBYTES`` in float32, in whole groups, or in one."""
+        """The tokens in parts of ``CHUNK_NBYTES`` in float32, in whole groups, or in one."""
         batch, heads = self.codes.data.shape[:2]
-        group_nbytes = 4 * batch * heads * self.head_dim * self.tokens_per_group
-        length = max(CHUNK_NBYTES // max(group_nbytes, 1), 1) * self.tokens_per_group
+        token_nbytes = max(4 * batch * heads * self.head_dim, 1)
+        length = max(CHUNK_NBYTES // token_nbytes, CHUNK_LENGTH, self.tokens_per_group)
+        length -= length % self.tokens_per_group
         for first in range(start, stop, max(stop - start, 1) if at_once else length):
             yield first, stop if at_once else min(first + length, stop)
 

@@ -157,7 +157,7 @@ def compile_pack(target, head_dim, nbits):
         compile_kernel(kernel, target, pointer_types(kernel, "*bf16"), shape | extra | tile, warps)
 
 
-def compile_append(target, head_dim, nbits, query_length=1, rotation_block=0, starts=0):
+def compile_append(target, head_dim, nbits, query_length=1, rotation_block=0, least_squares=()):
     from triton import next_power_of_2
 
     from kivicache.triton.append import append_kernel
@@ -180,9 +180,7 @@ def compile_append(target, head_dim, nbits, query_length=1, rotation_block=0, st
         "K_CHANNEL": True,
         "V_CHANNEL": False,
         "ROTATION_BLOCK": rotation_block,
-        "STARTS": starts,
-        "NARROWING": 0.15,
-        "ROUNDS": 4,
+        "LEAST_SQUARES": least_squares,
         "BLOCK_G": 32,
         "BLOCK_KW": next_power_of_2(k_words),
         "BLOCK_VW": next_power_of_2(v_words),
@@ -212,7 +210,7 @@ PORTABLE = {
     "append": [
         "compile_append({target!r}, 128, (4, 2), rotation_block=128)",
         "compile_append({target!r}, 80, (8, 8), query_length=5)",
-        "compile_append({target!r}, 128, (2, 2), starts=3)",
+        "compile_append({target!r}, 80, (4, 2), rotation_block=16, least_squares=(3, 0.15, 4))",
     ],
     "pack and combine": [
         "compile_pack({target!r}, 128, 8)",

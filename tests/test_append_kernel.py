@@ -49,6 +49,19 @@ def content(store, lengths):
 
 @pytest.mark.parametrize(("head_dim", "dtype", "settings"), CASES.values(), ids=CASES)
 def test_the_kernel_stores_what_torch_stores(head_dim, dtype, settings):
+    kernel_and_torch_agree(head_dim, dtype, settings)
+
+
+def test_the_default_dtype_changes_nothing():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kernel_and_torch_agree(*CASES["rotated"])
+    finally:
+        torch.set_default_dtype(before)
+
+
+def kernel_and_torch_agree(head_dim, dtype, settings):
     config = LayerConfig(**{"residual_length": 16, **settings})
     like = torch.empty(1, 2, 0, head_dim, dtype=dtype, device=DEVICE)
     expected, given = stores(config, like, 150), stores(config, like, 150)
@@ -69,7 +82,8 @@ def test_the_kernel_stores_what_torch_stores(head_dim, dtype, settings):
 LEAST_SQUARES = {  # (head_dim, group_size, axes, bits)
     "2_bits": (32, 32, ("channel", "token"), (2, 2)),
     "groups_that_do_not_fill_a_tile": (48, 24, ("channel", "token"), (4, 2)),
-    "a_last_group_that_is_shorter": (80, 32, ("channel", "token"), (2, 4)),
+    "a_last_group_that_is_shorter": (112, 64, ("channel", "token"), (2, 2)),
+    "a_group_that_is_never_full": (96, 128, ("token", "token"), (2, 4)),
     "swapped": (32, 16, ("token", "channel"), (2, 2)),
 }
 
@@ -89,7 +103,7 @@ def test_least_squares_in_the_kernel(head_dim, group_size, axes, nbits):
     )
     like = torch.empty(1, 2, 0, head_dim, device=DEVICE)
     *given, lengths = stores(config, like, 600)
-    tokens = 4 * config.block_length
+    tokens = -(-64 // config.block_length) * config.block_length
     both = torch.randn(2, 1, 2, tokens, head_dim, device=DEVICE) + 3 * torch.randn(head_dim, device=DEVICE)
     both[:, :, 0, :, 3] = 1.5  # constant groups along a channel
     both[1, :, 1, 5] = torch.inf

@@ -64,11 +64,8 @@ def by_library(name: str, states: Tensor, nbits: int, group_size: int, axis: str
     if axis == "channel":
         rows = states.unflatten(2, (-1, group_size)).transpose(3, 4)
         return _rows_by_library(name, rows, nbits).transpose(3, 4).flatten(2, 3)
-    channels = [*range(head_dim)]
-    while len(channels) % group_size:  # the ragged last group over again, until it is full
-        channels.append(channels[-(head_dim % group_size)])
-    rows = states[..., channels].unflatten(3, (-1, group_size))
-    return _rows_by_library(name, rows, nbits).flatten(3)[..., :head_dim]
+    groups = states.split(group_size, dim=3)  # the last one may be shorter
+    return torch.cat([_rows_by_library(name, group, nbits) for group in groups], dim=3)
 
 
 def _rows_by_library(name: str, groups: Tensor, nbits: int) -> Tensor:

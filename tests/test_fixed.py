@@ -150,7 +150,7 @@ def test_compiled_generation_is_the_growing_cache_s(name, padding, backend, grap
         assert torch.allclose(states, getattr(growing.layers[0], side), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["2_bits", "heads"])
+@pytest.mark.parametrize("name", ["2_bits", "heads", "mse"])
 def test_generation_compiled_by_inductor(name, graphs):
     model, inputs, config = tiny_llama(layers=1), prompt(padding=9), CONFIGS[name]
     fixed = fixed_cache(config, model=model)
@@ -553,6 +553,7 @@ def test_no_allocation_from_step_to_step(graphs):
     [
         KIVIConfig(nbits=2),
         KIVIConfig(nbits=4, rotation="hadamard"),
+        KIVIConfig(nbits=2, backend="mse"),
         KIVIConfig(nbits_key=16, nbits_value=4),
         KIVIConfig(nbits=4, heads={0: {1: 2}, 1: {0: {"nbits_key": 8, "nbits_value": 2}}}),
     ],

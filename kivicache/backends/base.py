@@ -65,20 +65,24 @@ class LibraryBackend(Backend):
     """
 
     def quantize(self, states: Tensor, nbits: int, group_size: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
-        groups = _group_last(states.detach().float(), group_size, axis)
+        fits = [self._fit_finite(groups, nbits) for groups in _groups_last(states.detach().float(), group_size, axis)]
+        scale, minimum = (torch.cat(parts, dim=3) for parts in zip(*fits, strict=True))
+        return encode(states, scale, minimum, nbits, group_size, axis), scale, minimum
+
+    def _fit_finite(self, groups: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+        """float16 scale and minimum of groups along the last dimension; NaN the minimum of one that is not finite."""
         low, high = groups.aminmax(dim=-1)
         finite = (high - low).isfinite()
-        rows = torch.where(finite[..., None], groups, 0.0).reshape(-1, group_size)
+        rows = torch.where(finite[..., None], groups, 0.0).reshape(-1, groups.shape[-1])
         scale, minimum = (to_metadata(x.float().view(finite.shape)) for x in self.fit(rows, nbits))
-        minimum = torch.where(finite, minimum, torch.nan)
-        return encode(states, scale, minimum, nbits, group_size, axis), scale, minimum
+        return scale, torch.where(finite, minimum, torch.nan)
 
     @abstractmethod
     def fit(self, rows: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
         """The library's scale and minimum, as in ``x = code * scale + minimum``.
 
         Args:
-            rows: float32 ``[groups, group_size]``, all finite.
+            rows: float32 ``[groups, width]``, all finite; width is the group size, or that of the head's last group.
             nbits: 2, 4 or 8.
 
         Returns:
@@ -86,17 +90,16 @@ class LibraryBackend(Backend):
         """
 
 
-def _group_last(states: Tensor, group_size: int, axis: str) -> Tensor:
-    """``states`` with each group along the last dimension, the shape before it that of scale and minimum."""
+def _groups_last(states: Tensor, group_size: int, axis: str) -> list[Tensor]:
+    """``states`` with each group along the last dimension, the shape before it that of scale and minimum.
+
+    Where groups of channels do not fill the head, its last group, which is shorter, is a tensor of its own.
+    """
     if axis == "channel":
-        return states.unflatten(2, (-1, group_size)).transpose(3, 4)
-    head_dim = states.shape[3]
-    if missing := -head_dim % group_size:
-        # Fill the ragged last group with its own channels over again: its range stays, and its mean very nearly.
-        ragged = head_dim % group_size
-        again = head_dim - ragged + torch.arange(missing, device=states.device) % ragged
-        states = torch.cat([states, states[..., again]], dim=3)
-    return states.unflatten(3, (-1, group_size))
+        return [states.unflatten(2, (-1, group_size)).transpose(3, 4)]
+    whole = states.shape[3] - states.shape[3] % group_size
+    parts = [states[..., :whole].unflatten(3, (-1, group_size)), states[..., whole:].unsqueeze(3)]
+    return [part for part in parts if part.shape[3] * part.shape[4]]
 
 
 def import_library(module: str, extra: str, *names: str) -> Any:

@@ -25,7 +25,7 @@ class MSEBackend(LibraryBackend, name="mse"):
         best_error = _error(rows, best_scale, best_minimum, nbits)
         for start in range(STARTS):
             narrowing = start * NARROWING
-            scale = best_scale.new_tensor((1 - narrowing) / (2**nbits - 1)) * (high - low)
+            scale = (high - low) * ((1 - narrowing) / (2**nbits - 1))
             minimum = low + (high - low) * (narrowing / 2)
             for _ in range(ROUNDS):
                 scale, minimum = _least_squares(rows, _codes(rows, scale, minimum, nbits), scale, minimum)

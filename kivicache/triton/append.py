@@ -1,7 +1,7 @@
 """One decode step of a fixed-capacity cache: pack what is due, keep the new tokens, move the lengths on. One launch.
 
-The twin of ``kivicache.fixed_states.append``, which says what is due; the bytes are those of pack.py. Nothing here
-depends on a number of the host, so a captured graph goes on working.
+The twin of ``kivicache.fixed_states.append``, which says what is due; the bytes are those of pack.py, or of
+least_squares.py. Nothing here depends on a number of the host, so a captured graph goes on working.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ TILE = tl.constexpr(16)  # tokens that are moved or rotated at once
 
 
 @triton.jit
-def _fit(
-    x, ok, DIM: tl.constexpr, LEVELS: tl.constexpr, STARTS: tl.constexpr, NARROWING: tl.constexpr, ROUNDS: tl.constexpr
-):
-    """Scale and minimum of groups along DIM: min-max where there are no STARTS, else of least squared error."""
+def _fit(x, ok, DIM: tl.constexpr, LEVELS: tl.constexpr, LEAST_SQUARES: tl.constexpr):
+    """Scale and minimum of groups along DIM: min-max, or with LEAST_SQUARES (not empty) as of backends/mse.py."""
     low, high = _group_range(x, ok, DIM)
-    if STARTS == 0:
+    if len(LEAST_SQUARES) == 0:
         return _scale_minimum(low, high, LEVELS)
     else:
-        return least_squares_range(x, ok, low, high, DIM, LEVELS, STARTS, NARROWING, ROUNDS)
+        # not starred: Triton 3.6 cannot
+        return least_squares_range(x, ok, low, high, DIM, LEVELS, LEAST_SQUARES[0], LEAST_SQUARES[1], LEAST_SQUARES[2])
 
 
 @triton.jit
@@ -43,9 +42,7 @@ def _flush_channel(
     W: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
-    STARTS: tl.constexpr,
-    NARROWING: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    LEAST_SQUARES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -59,7 +56,7 @@ def _flush_channel(
             c = f * W + w
             ok = (r < G)[:, None] & ((w < W) & (c < D))[None, :]
             x = tl.load(x_ptr + (g * G + r)[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
-            scale, minimum = _fit(x, ok, 0, (1 << NBITS) - 1, STARTS, NARROWING, ROUNDS)
+            scale, minimum = _fit(x, ok, 0, (1 << NBITS) - 1, LEAST_SQUARES)
             tl.store(scale_ptr + table + c, scale, mask=(w < W) & (c < D))
             tl.store(min_ptr + table + c, minimum, mask=(w < W) & (c < D))
             code = _encode(x, scale[None, :], minimum[None, :], (1 << NBITS) - 1)
@@ -81,9 +78,7 @@ def _flush_token(
     D: tl.constexpr,
     G: tl.constexpr,
     NC: tl.constexpr,
-    STARTS: tl.constexpr,
-    NARROWING: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    LEAST_SQUARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -98,7 +93,7 @@ def _flush_token(
             c = g * G + r
             ok = (t < due)[:, None] & ((r < G) & (c < D))[None, :]
             x = tl.load(x_ptr + t[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
-            scale, minimum = _fit(x, ok, 1, (1 << NBITS) - 1, STARTS, NARROWING, ROUNDS)
+            scale, minimum = _fit(x, ok, 1, (1 << NBITS) - 1, LEAST_SQUARES)
             tl.store(scale_ptr + table + g, scale, mask=t < due)
             tl.store(min_ptr + table + g, minimum, mask=t < due)
         tl.debug_barrier()
@@ -136,9 +131,7 @@ def _append(
     G: tl.constexpr,
     CHANNEL: tl.constexpr,
     ROTATION_BLOCK: tl.constexpr,
-    STARTS: tl.constexpr,
-    NARROWING: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    LEAST_SQUARES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -169,9 +162,7 @@ def _append(
             W,
             D,
             G,
-            STARTS,
-            NARROWING,
-            ROUNDS,
+            LEAST_SQUARES,
             BLOCK_G,
             BLOCK_W,
         )
@@ -189,9 +180,7 @@ def _append(
             D,
             G,
             NC,
-            STARTS,
-            NARROWING,
-            ROUNDS,
+            LEAST_SQUARES,
             TILE,
             BLOCK_G,
             BLOCK_W,
@@ -260,9 +249,7 @@ def append_kernel(
     K_CHANNEL: tl.constexpr,
     V_CHANNEL: tl.constexpr,
     ROTATION_BLOCK: tl.constexpr,
-    STARTS: tl.constexpr,
-    NARROWING: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    LEAST_SQUARES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_KW: tl.constexpr,
     BLOCK_VW: tl.constexpr,
@@ -299,9 +286,7 @@ def append_kernel(
             G,
             K_CHANNEL,
             ROTATION_BLOCK,
-            STARTS,
-            NARROWING,
-            ROUNDS,
+            LEAST_SQUARES,
             BLOCK_G,
             BLOCK_KW,
             BLOCK_D,
@@ -328,9 +313,7 @@ def append_kernel(
             G,
             V_CHANNEL,
             ROTATION_BLOCK,
-            STARTS,
-            NARROWING,
-            ROUNDS,
+            LEAST_SQUARES,
             BLOCK_G,
             BLOCK_VW,
             BLOCK_D,
@@ -359,9 +342,7 @@ def append(
     group_size: int,
     axes: tuple[str, ...],
     rotated: bool,
-    starts: int,
-    narrowing: float,
-    rounds: int,
+    least_squares: tuple[float, ...],
     sink_length: int,
     residual_length: int,
     block_length: int,
@@ -374,10 +355,9 @@ def append(
         keys, values: (sinks, residual, words, scale, minimum) of fixed capacity, contiguous, written in place.
         lengths: int32 ``[6]`` on the device: sinks, packed keys, packed values, all tokens, refused steps, 0.
         key_states, value_states: the new tokens, ``[B, H, Q, D]``.
-        nbits, axes: (key, value).
-        group_size, axes: as in ``quantization.quantize``.
+        nbits, group_size, axes: as in ``quantization.quantize``; bits and axes of (keys, values).
         rotated: whether packed tokens are, see [`kivicache.rotation`].
-        starts, narrowing, rounds: as in ``backends.mse``; no starts: min-max.
+        least_squares: STARTS, NARROWING and ROUNDS of ``backends.mse``; empty: min-max.
         sink_length, residual_length, block_length: of the policy.
         flush_length: the most tokens that can be due at once.
         max_cache_len: tokens beyond it are refused.
@@ -385,8 +365,10 @@ def append(
     B, H, Q, D = key_states.shape
     key_states, value_states = (x if x.stride(3) == 1 else x.contiguous() for x in (key_states, value_states))
     words = [-(-D * n // 16) for n in nbits]
-    # in a captured graph one piece of memory for all layers
-    room = torch.empty((2, B, H, flush_length, D), device=lengths.device) if rotated else lengths
+    # in a captured graph one piece of memory for all layers; any tensor will do where the kernel has no use for it
+    turned = lengths
+    if rotated:
+        turned = torch.empty((2, B, H, flush_length, D), dtype=torch.float32, device=lengths.device)
     append_kernel[(B * H, 2)](
         key_states,
         value_states,
@@ -398,7 +380,7 @@ def append(
         *values[3:],
         keys[1],
         values[1],
-        room,
+        turned,
         lengths,
         H,
         *key_states.stride()[:3],
@@ -424,9 +406,7 @@ def append(
         K_CHANNEL=axes[0] == "channel",
         V_CHANNEL=axes[1] == "channel",
         ROTATION_BLOCK=rotation_block(D) if rotated else 0,
-        STARTS=starts,
-        NARROWING=narrowing,
-        ROUNDS=rounds,
+        LEAST_SQUARES=least_squares,
         BLOCK_G=triton.next_power_of_2(min(group_size, D) if "channel" not in axes else group_size),
         BLOCK_KW=triton.next_power_of_2(words[0]),
         BLOCK_VW=triton.next_power_of_2(words[1]),

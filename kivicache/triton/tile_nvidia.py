@@ -274,7 +274,7 @@ def _spread(x, MMA: gl.constexpr):
     """[8, N] of equal rows -> [PART, N]"""
     N: gl.constexpr = x.shape[1]
     y = gl.join(x, x)
-    y = gl.join(y, y).permute(2, 3, 0, 1).reshape([32, N])
+    y = gl.join(y, y).permute(2, 3, 0, 1).reshape([PART, N])
     return gl.convert_layout(y, MMA, assert_trivial=True)
 
 
@@ -297,6 +297,7 @@ def tile_scores(
     part's minimum, rows 8 to 15 the other's. The codes' dots go on from there.
     """
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    gl.static_assert(skw.shape[0] == 2 * PART)
     U: gl.constexpr = operand_words(WK)
     R: gl.constexpr = half_operand_layout(U)
     PER: gl.constexpr = 10 // BK
