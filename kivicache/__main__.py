@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,8 @@ from kivicache.tasks import TASKS, parse_task
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+LOG_SECONDS = 30  # where there is no terminal to draw bars on, a line as often
 
 
 class _Parser(argparse.ArgumentParser):
@@ -197,8 +200,13 @@ def _eval(args: argparse.Namespace) -> int:
 def _time_left() -> Iterator[OnProgress]:
     """One progress bar on stderr that says what runs, how much is done, and how long the rest will take."""
     with _bars("{task.description:<28.28}", transient=True) as progress:
-        bar = progress.add_task("", note="")
-        yield lambda done, total, what: progress.update(bar, completed=done, total=total, description=what)
+        bar, log = progress.add_task("", note=""), _lines(progress)
+
+        def on_progress(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=what)
+            log(f"{what}: {done} of {total}")
+
+        yield on_progress
 
 
 def _bars(description: str, transient: bool) -> Progress:
@@ -225,6 +233,19 @@ def _bars(description: str, transient: bool) -> Progress:
         disable=not console.is_terminal,
         speed_estimate_period=600,
     )
+
+
+def _lines(progress: Progress) -> Callable[[str], None]:
+    """Prints what it is given on stderr where the bars are off, at most every ``LOG_SECONDS``."""
+    last = -float("inf")
+
+    def log(text: str) -> None:
+        nonlocal last
+        if progress.disable and time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    return log
 
 
 def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -312,11 +333,13 @@ def _stages(stages: Sequence[str]) -> Iterator[tuning.OnProgress]:
     width = max(map(len, stages))
     with _bars(f"{{task.description:<{width}}}", transient=False) as progress:
         bars = {stage: progress.add_task(stage, total=None, start=False, note="") for stage in stages}
+        log = _lines(progress)
 
         def on_progress(stage: str, done: int, total: int, note: str) -> None:
             if not progress.tasks[bars[stage]].started:
                 progress.start_task(bars[stage])
             progress.update(bars[stage], completed=done, total=total, description=stage, note=note)
+            log(f"{stage}: {done} of {total} {note}".rstrip())
 
         yield on_progress
 

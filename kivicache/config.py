@@ -278,6 +278,8 @@ def _checked(name: str, value: Any) -> Any:
     """``value`` as the field ``name`` keeps it, or a ValueError that says what is allowed."""
     if name.startswith("axis_") and type(value) is int:
         value = _KVTUNER_AXES.get(value, value)
+    if name == "rotation" and str(value).lower() == "none":  # a word that YAML does not know
+        value = None
     if name in CHOICES:
         allowed = CHOICES[name]
         if type(value) not in {type(choice) for choice in allowed} or value not in allowed:

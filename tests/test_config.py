@@ -227,3 +227,11 @@ def test_a_preset_s_name_is_no_file():
 def test_the_paper_s_bits_are_checked():
     with pytest.raises(ValueError, match="nbits: got None"):
         KIVIConfig.paper(None)
+
+
+@pytest.mark.parametrize("word", [None, "none", "None"])
+def test_no_rotation_by_any_name(word):
+    assert (
+        KIVIConfig(rotation=word) == KIVIConfig()
+        and KIVIConfig(layers={3: {"rotation": word}}).layer(3).rotation is None
+    )

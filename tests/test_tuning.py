@@ -252,8 +252,9 @@ def command(folder, *more):
 
 def test_command_from_end_to_end(folder, capsys):
     assert main(command(folder, "--trials", "3")) == 0
-    output = capsys.readouterr().out
+    output, progress = capsys.readouterr()
     assert "tuned" in output and "taken: " in output
+    assert "errors by layer: 0 of 2" in progress  # lines, as this is no terminal
     config = KIVIConfig.from_yaml(folder / "best.yaml")
     assert set(config.layers) == {0, 1} and config.sink_length == 4
     for name in ("front", "sensitivity"):
