@@ -11,6 +11,7 @@ Row = dict[str, str]
 
 COLORS = {
     "kivi-2": "#0b6e4f",
+    "kivi-3bit": "#14532d",
     "kivi-2-r32": "#3d8b6f",
     "kivi-2-paper-r32": "#a3b18a",
     "kivi-4": "#2f9e77",
