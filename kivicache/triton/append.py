@@ -16,7 +16,7 @@ from kivicache.triton.least_squares import least_squares_range
 from kivicache.triton.pack import _encode, _group_range, _scale_minimum
 from kivicache.triton.rotate import hadamard_rows
 
-TILE = tl.constexpr(16)  # tokens that are moved or rotated at once
+TILE = tl.constexpr(16)  # tokens that are moved, rotated or packed along themselves at once
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _flush_channel(
     for g in range(due // G):
         words = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
         table = (packed // G + g) * D
-        for f in range(16 // NBITS):
+        for f in tl.static_range(16 // NBITS):
             c = f * W + w
             ok = (r < G)[:, None] & ((w < W) & (c < D))[None, :]
             x = tl.load(x_ptr + (g * G + r)[:, None] * D + c[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -77,17 +77,16 @@ def _flush_token(
     W: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
-    NC: tl.constexpr,
     LEAST_SQUARES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """As [`_flush_channel`], for groups that lie in a token. Scales first; then x is read again, from cache."""
+    NC: tl.constexpr = (D + G - 1) // G
     r = tl.arange(0, BLOCK_G)
     w = tl.arange(0, BLOCK_W)
-    for first in range(0, due, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
+    for first in range(0, due, TILE):
+        t = first + tl.arange(0, TILE)
         table = (packed + t) * NC
         for g in range(NC):
             c = g * G + r
@@ -97,7 +96,7 @@ def _flush_token(
             tl.store(scale_ptr + table + g, scale, mask=t < due)
             tl.store(min_ptr + table + g, minimum, mask=t < due)
         tl.debug_barrier()
-        words = tl.zeros([BLOCK_T, BLOCK_W], tl.int32)
+        words = tl.zeros([TILE, BLOCK_W], tl.int32)
         for f in tl.static_range(16 // NBITS):
             c = f * W + w
             ok = (t < due)[:, None] & ((w < W) & (c < D))[None, :]
@@ -141,7 +140,7 @@ def _append(
     due = tl.maximum(target - packed, 0)
     c = tl.arange(0, BLOCK_D)
     r = tl.arange(0, TILE)
-    flush_ptr = res_ptr
+    due_ptr = res_ptr
     if ROTATION_BLOCK:
         for first in range(0, due, TILE):
             ok = (first + r < due)[:, None] & (c < D)[None, :]
@@ -149,41 +148,14 @@ def _append(
             x = tl.load(res_ptr + row, mask=ok, other=0.0).to(tl.float32)
             tl.store(rotated_ptr + row, hadamard_rows(x, ROTATION_BLOCK), mask=ok)
         tl.debug_barrier()
-        flush_ptr = rotated_ptr
+        due_ptr = rotated_ptr
     if CHANNEL:
         _flush_channel(
-            flush_ptr,
-            word_ptr,
-            scale_ptr,
-            min_ptr,
-            packed,
-            due,
-            NBITS,
-            W,
-            D,
-            G,
-            LEAST_SQUARES,
-            BLOCK_G,
-            BLOCK_W,
+            due_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, LEAST_SQUARES, BLOCK_G, BLOCK_W
         )
     else:
-        NC: tl.constexpr = (D + G - 1) // G
         _flush_token(
-            flush_ptr,
-            word_ptr,
-            scale_ptr,
-            min_ptr,
-            packed,
-            due,
-            NBITS,
-            W,
-            D,
-            G,
-            NC,
-            LEAST_SQUARES,
-            TILE,
-            BLOCK_G,
-            BLOCK_W,
+            due_ptr, word_ptr, scale_ptr, min_ptr, packed, due, NBITS, W, D, G, LEAST_SQUARES, BLOCK_G, BLOCK_W
         )
     tl.debug_barrier()
     # Rows move up in ascending tiles: a barrier on either side, as a row may be another thread's to read.

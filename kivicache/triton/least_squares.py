@@ -5,17 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kivicache.triton.pack import FLOAT16_MAX, FLOAT32_MAX, MAGIC
+from kivicache.triton.pack import FLOAT16_MAX, FLOAT32_MAX, _encode
 
 
 @triton.jit
 def _codes(x, ok, scale, minimum, DIM: tl.constexpr, LEVELS: tl.constexpr):
     """The nearest codes of the values that are ok, in float32; 0 for the others."""
-    divisor = tl.expand_dims(tl.where(scale == 0.0, 1.0, scale), DIM)
-    code = (x - tl.expand_dims(minimum, DIM)) / divisor
-    code = tl.minimum(tl.maximum(code, 0.0), LEVELS * 1.0)
-    code = ((code + MAGIC).to(tl.int32, bitcast=True) & 0xFFFF).to(tl.float32)
-    return tl.where(ok, code, 0.0)
+    code = _encode(x, tl.expand_dims(scale, DIM), tl.expand_dims(minimum, DIM), LEVELS) & 0xFFFF
+    return tl.where(ok, code.to(tl.float32), 0.0)
 
 
 @triton.jit
