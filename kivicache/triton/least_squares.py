@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kivicache.triton.pack import FLOAT16_MAX, FLOAT32_MAX, _encode
+from kivicache.triton.pack import FLOAT32_MAX, _bounded, _encode
 
 
 @triton.jit
@@ -19,11 +19,6 @@ def _codes(x, ok, scale, minimum, DIM: tl.constexpr, LEVELS: tl.constexpr):
 def _squared_error(x, ok, scale, minimum, DIM: tl.constexpr, LEVELS: tl.constexpr):
     read = _codes(x, ok, scale, minimum, DIM, LEVELS) * tl.expand_dims(scale, DIM) + tl.expand_dims(minimum, DIM)
     return tl.sum(tl.where(ok, (read - x) * (read - x), 0.0), DIM)
-
-
-@triton.jit
-def _to_metadata(x):
-    return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
 
 
 @triton.jit
@@ -70,4 +65,5 @@ def least_squares_range(
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
         best_minimum = tl.where(better, minimum, best_minimum)
-    return _to_metadata(best_scale), tl.where(finite, _to_metadata(best_minimum), float("nan"))
+    minimum = tl.where(finite, _bounded(best_minimum), float("nan"))
+    return _bounded(best_scale).to(tl.float16), minimum.to(tl.float16)

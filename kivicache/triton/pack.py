@@ -41,6 +41,12 @@ def _group_range(x, ok, dim: tl.constexpr):
 
 
 @triton.jit
+def _bounded(x):
+    """The nearest number that float16 can hold; what is rounded to it afterwards is no infinity."""
+    return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX)
+
+
+@triton.jit
 def _scale_minimum(low, high, LEVELS: tl.constexpr):
     """float16 scale and minimum of groups from their ends; the minimum is NaN where an end is not finite."""
     span = high - low
@@ -48,8 +54,7 @@ def _scale_minimum(low, high, LEVELS: tl.constexpr):
     inverse: tl.constexpr = 1.0 / LEVELS
     scale = bounded * inverse  # and its remainder: the division of IEEE 754 (Markstein)
     scale = tl.fma(tl.fma(-scale, LEVELS * 1.0, bounded), inverse, scale)
-    minimum = tl.minimum(tl.maximum(low, -FLOAT16_MAX), FLOAT16_MAX)
-    minimum = tl.where(span <= FLOAT32_MAX, minimum, float("nan"))
+    minimum = tl.where(span <= FLOAT32_MAX, _bounded(low), float("nan"))
     return scale.to(tl.float16), minimum.to(tl.float16)
 
 
