@@ -85,16 +85,18 @@ def test_rolling_log_likelihood(pairs):
 
 def test_generation_reads_from_the_cache():
     contexts = [words(70), words(50)]
-    options = {"until": ["w98 w99"], "max_gen_toks": 20, "do_sample": False}
+    # Neither a stop string nor the end of the text can turn up: the harness would cut the answer there.
+    options = {"until": ["w100"], "max_gen_toks": 20, "do_sample": False, "suppress_tokens": [0, 1, 2]}
     found = harness(cache=COARSE, batch_size=1).generate_until(
         asked("generate_until", [(context, dict(options)) for context in contexts]), disable_tqdm=True
     )
     tokenizer, model = word_tokenizer(), tiny_llama()
     for context, text in zip(contexts, found, strict=True):
         input_ids = tokenizer(context, return_tensors="pt").input_ids
-        output = model.generate(input_ids, past_key_values=KIVICache(CONFIG), max_new_tokens=20, do_sample=False)
-        expected = tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
-        assert text.split() == expected.split() != []
+        cache, kwargs = KIVICache(CONFIG), {"max_new_tokens": 20, "do_sample": False, "suppress_tokens": [0, 1, 2]}
+        output = model.generate(input_ids, past_key_values=cache, **kwargs)
+        assert text.split() == tokenizer.decode(output[0, input_ids.shape[1] :]).split()
+        assert len(text.split()) == 20
 
 
 @pytest.fixture
