@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
 from kivicache.backends import get_backend
 from kivicache.config import PRESETS, KIVIConfig, LayerConfig
 from kivicache.fixed import FixedKIVILayer, check_capacity
-from kivicache.layer import KIVILayer
+from kivicache.layer import KIVILayer, outside_of_graphs
 from kivicache.memory import MemoryReport, format_bytes, held_by
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,11 @@ class KIVICache(DynamicCache):
         except KeyError as error:
             raise ValueError(f"max_cache_len: transformers has no layer of fixed capacity for {error}") from error
         self._pack(StaticLayer, fixed)
+        # one mask for all full-attention layers; BLOOM's, of two dimensions, comes in this length whatever it is told
+        is_shared = any(isinstance(layer, StaticLayer) and not layer.is_sliding for layer in self.layers)
+        for layer in self.layers:
+            if isinstance(layer, FixedKIVILayer):
+                layer.pads_prompt = is_shared or config.model_type == "bloom"
 
     def _pack(self, kind: type[Any], packed: Callable[[LayerConfig], Any]) -> None:
         """Replace the model's full-attention layers, which are of exactly this kind."""
@@ -215,6 +220,7 @@ class _NextLayer:
     kivi_config: KIVIConfig
     layers: list[Any]
 
+    @outside_of_graphs
     def __call__(self) -> KIVILayer:
         return KIVILayer(self.kivi_config.layer(len(self.layers)))
 

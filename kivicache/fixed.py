@@ -17,7 +17,7 @@ from kivicache.buffer import TokenBuffer
 from kivicache.config import LayerConfig
 from kivicache.fixed_attention import FixedPackedStates, append_step, places_of_heads
 from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates, static
-from kivicache.layer import KIVILayer, check_crop, check_pair
+from kivicache.layer import KIVILayer, check_pair, checked_crop
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
 from kivicache.states import KIVIStates
@@ -35,10 +35,11 @@ class FixedKIVILayer(KIVILayer):
     device for the lengths, and works outside of a compiled graph.
 
     Attention sees ``max_cache_len`` tokens, those not there yet hidden by the mask, as with ``StaticLayer``; a prompt
-    on an empty cache sees itself.
+    on an empty cache sees itself, unless ``pads_prompt``.
     """
 
     is_compileable = True
+    pads_prompt = False  # where the mask is shared with layers of another kind, which show ``max_cache_len`` tokens
     _lengths: Tensor  # int32 on the device, see fixed_states.py
     _places: Tensor | None  # int32 on the device, see fixed_attention.py; None where all heads have the same bits
 
@@ -79,7 +80,7 @@ class FixedKIVILayer(KIVILayer):
         keys, values = self._stores
         append_step(keys, values, self._lengths, key_states.detach(), value_states.detach(), self._kernels)
         first, self._is_empty = self._is_empty, False  # behind the step: where that fails, an empty layer stays empty
-        if first:
+        if first and not self.pads_prompt:
             return key_states, value_states
         if self._dense_reasons:
             return keys.dense(self._lengths), values.dense(self._lengths)
@@ -109,7 +110,9 @@ class FixedKIVILayer(KIVILayer):
             self._checked(key_states, value_states)
             seen = key_states, value_states
             if len(keys):
-                seen = self._padded(keys.read(tail=key_states)), self._padded(values.read(tail=value_states))
+                seen = keys.read(tail=key_states), values.read(tail=value_states)
+            if len(keys) or self.pads_prompt:
+                seen = self._padded(seen[0]), self._padded(seen[1])
             lengths = packed_lengths(self.config, len(keys) + new)
             keys.append(key_states, lengths[0])
             values.append(value_states, lengths[1])
@@ -174,17 +177,17 @@ class FixedKIVILayer(KIVILayer):
         """
         if self._is_empty:
             self._check_room(query_length, query_length)
-            return query_length, 0
-        if not torch.compiler.is_compiling():
+            if not self.pads_prompt:
+                return query_length, 0
+        elif not torch.compiler.is_compiling():
             self._expect(query_length)
         return self.max_cache_len, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        check_crop(tokens_to_remove)
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        with self._on_host():
-            super().crop(tokens_to_remove)
+        tokens_to_remove = checked_crop(tokens_to_remove)
+        if tokens_to_remove and self.is_initialized:
+            with self._on_host():
+                super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything; the buffers stay where they are, for the next call."""

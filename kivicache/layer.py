@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from kivicache.policy import packed_lengths
 from kivicache.states import KIVIStates
 
 _SIDES = ("keys", "values")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def outside_of_graphs(function: _Function) -> _Function:
+    """Let a model compiled by hand break its graph here: sizes change from step to step, also those of buffers."""
+    reason = "KIVICache grows outside of a compiled graph; one graph takes KIVICache(max_cache_len=...)"
+    return torch.compiler.disable(function, reason=reason)
 
 
 class KIVILayer(DynamicLayer):
@@ -48,12 +57,21 @@ class KIVILayer(DynamicLayer):
         Raises:
             ValueError: where the new states do not fit the cached ones; the cache is left as it was.
         """
+        if torch.compiler.is_compiling():
+            return self._update_outside(key_states, value_states)
+        return self._update(key_states, value_states, may_attend_packed=True)
+
+    @outside_of_graphs
+    def _update_outside(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self._update(key_states, value_states, may_attend_packed=False)  # a graph cannot hold PackedStates
+
+    def _update(self, key_states: Tensor, value_states: Tensor, may_attend_packed: bool) -> tuple[Tensor, Tensor]:
         check_pair(key_states, value_states)
         if not self.is_initialized or self._holds_nothing():
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
         packed = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
-        if self._attends_packed(key_states, value_states):
+        if may_attend_packed and self._attends_packed(key_states, value_states):
             new_keys, new_values = cached_keys.with_own_residual(), cached_values.with_own_residual()
             # where something is packed, the sinks are complete
             store_tokens(new_keys.residual, new_values.residual, key_states, value_states)
@@ -109,9 +127,9 @@ class KIVILayer(DynamicLayer):
         Raises:
             ValueError: for a positive number, which transformers 5.20 no longer allows, or one that is not whole.
         """
-        check_crop(tokens_to_remove)
-        if tokens_to_remove < 0:
-            self._change(lambda states: states.crop(max(len(states) + tokens_to_remove, 0)))
+        removed = -checked_crop(tokens_to_remove)
+        if removed:
+            self._change(lambda states: states.crop(max(len(states) - removed, 0)))
 
     def reset(self) -> None:
         """Forget everything: the layer is as new."""
@@ -213,7 +231,6 @@ class KIVILayer(DynamicLayer):
             not self.dense_reasons()
             and 0 < key_states.shape[2] <= MAX_QUERY_LENGTH
             and all(states.packed_length > 0 for states in self._states())
-            and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         )
 
@@ -258,11 +275,17 @@ class KIVILayer(DynamicLayer):
         return (states for states in (self._keys, self._values) if states is not None)
 
 
-def check_crop(tokens_to_remove: Any) -> None:
-    if not hasattr(tokens_to_remove, "__index__") or tokens_to_remove > 0:
+def checked_crop(tokens_to_remove: Any) -> int:
+    """The number itself, where it is a whole one up to 0: transformers 5.17 gives a tensor, on the model's device."""
+    try:
+        number = operator.index(tokens_to_remove)
+    except TypeError:
+        number = 1
+    if number > 0:
         raise ValueError(
             f"tokens_to_remove: got {tokens_to_remove!r}; allowed: 0, or a negative number of tokens to remove"
         )
+    return number
 
 
 def check_pair(key_states: Tensor, value_states: Tensor) -> None:

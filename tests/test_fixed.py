@@ -388,6 +388,18 @@ def test_a_16_bit_layer_in_front_is_refused_as_a_packed_one_is():
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [60, 60]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "kivi"])
+@pytest.mark.parametrize("tokens", [70, 7], ids=["prompt", "step"])
+def test_a_prompt_beside_a_16_bit_layer_shares_its_mask(attention, tokens):
+    model, inputs = tiny_llama(attention=attention), prompt(tokens=tokens, padding=5)
+    config = KIVIConfig(nbits=4, layers={1: {"nbits": 16}}, **SMALL)
+    fixed, expected = fixed_cache(config, model=model), generate(model, inputs, KIVICache(config))
+    for _ in range(2):  # the second time in buffers that are there
+        assert torch.equal(generate(model, inputs, fixed), expected)
+        fixed.reset()
+    assert fixed.get_mask_sizes(9, 0) == fixed.get_mask_sizes(9, 1) == (CAPACITY, 0)
+
+
 @pytest.mark.parametrize("given", [5, "x", 0.5])
 def test_a_refused_crop(given):
     layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 64)

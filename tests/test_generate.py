@@ -177,3 +177,23 @@ def test_fewer_bits_drift_further_from_full_precision():
         for name in ("2_bits", "4_bits", "8_bits", "16_bits")
     ]
     assert kl[0] > 3 * kl[1] > 9 * kl[2] > kl[3] == 0.0
+
+
+@pytest.mark.parametrize("config", ["2_bits", "paper_2_bits"])
+def test_a_growing_cache_in_a_model_compiled_by_hand(config, monkeypatch):
+    model, inputs, cache = tiny_llama(layers=1), prompt(padding=9), KIVICache(CONFIGS[config])
+    expected = generate(model, inputs, KIVICache(CONFIGS[config])).sequences
+    torch._dynamo.reset()
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=64):  # a wrapper of transformers is compiled once for each module
+        assert torch.equal(generate(model, inputs, cache).sequences, expected)
+    states = cache.layers[0]._keys.residual
+    assert {type(number) for number in (states.start, states.stop, *states.strides)} == {int}
+    torch._dynamo.reset()
+
+
+def test_a_graph_that_may_not_break_is_told_which_cache_to_take():
+    model = tiny_llama(layers=1)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"one graph takes KIVICache\(max_cache_len=\.\.\.\)"):
+        torch.compile(model, fullgraph=True, backend="eager")(**prompt(), past_key_values=KIVICache())
+    torch._dynamo.reset()

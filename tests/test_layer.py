@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kivicache import KIVIConfig
 from kivicache.backends.native import NativeBackend
+from kivicache.fixed import FixedKIVILayer
 from kivicache.layer import KIVILayer
 from kivicache.packed import PackedTokens
 from kivicache.states import KIVIStates
@@ -319,7 +320,20 @@ def test_an_update_that_fails_midway_loses_nothing(monkeypatch, failing):
         update_both(layer, reference, tokens)
 
 
-@pytest.mark.parametrize("given", [3, -1.5, None, "2"])
+@pytest.mark.parametrize("kind", [KIVILayer, lambda config: FixedKIVILayer(config, 100)], ids=["growing", "fixed"])
+def test_a_crop_by_a_tensor_is_one_by_its_number(kind):
+    layer, expected = (kind(CONFIGS["K4V2"].layer(0)) for _ in range(2))
+    prompt, step = (states(70), states(70)), (states(1), states(1))
+    for each, removed in ((layer, torch.tensor(-13)), (expected, -13)):
+        each.update(*prompt)
+        each.crop(removed)
+        each.update(*step)
+    assert torch.equal(layer.keys, expected.keys)
+    assert repr(layer.memory()) == repr(expected.memory())  # numbers of the host, not tensors
+    assert layer.get_seq_length() == 58
+
+
+@pytest.mark.parametrize("given", [3, -1.5, None, "2", torch.tensor(-2.5), torch.tensor(3), torch.tensor([-1, -2])])
 def test_a_refused_crop(given):
     layer = KIVILayer(CONFIGS["K4V2"].layer(0))
     layer.update(states(20), states(20))

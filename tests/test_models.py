@@ -150,6 +150,22 @@ def test_without_config_a_model_just_works_or_the_error_says_what_to_pass(model_
             generate(model, past_key_values)
 
 
+# gpt_neo takes the last places of a static cache for the newest tokens, in StaticCache just the same.
+@parametrized([model_type for model_type in DECODERS if model_type != "gpt_neo"])
+@pytest.mark.parametrize("exact_layer", [False, True], ids=["packed", "beside_16_bits"])
+def test_a_fixed_capacity_changes_no_token(model_type, exact_layer):
+    model = tiny_model(model_type)
+    full = [i for i, layer in enumerate(KIVICache(config=model.config).layers) if isinstance(layer, KIVILayer)]
+    if not full:
+        pytest.skip("the model has no full-attention layer")
+    config = KIVIConfig(nbits=4, layers={full[-1]: {"nbits": 16}} if exact_layer else {}, **LENGTHS)
+    expected, logits = generate(model, KIVICache(config, config=model.config))
+    fixed = KIVICache(config, config=model.config, max_cache_len=PROMPT_LENGTH + NEW_TOKENS + 5)
+    sequences, fixed_logits = generate(model, fixed)
+    assert torch.equal(sequences, expected)
+    assert torch.allclose(fixed_logits[0], logits[0], atol=1e-3)  # later ones: where a code turned over, less close
+
+
 WIDTHS = {  # kv heads and head_dim of the keys, and of the values
     "gpt2": ((4, 8), (4, 8)),
     "llama": ((2, 8), (2, 8)),
