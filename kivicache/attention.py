@@ -213,6 +213,8 @@ def kivi_attention_forward(
     key, value = _as_dense(key), _as_dense(value)
     if s_aux is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if biased:
+        raise ValueError("position_bias: allowed without softcap and s_aux only; no known model has both")
     output = _explicit_attention(query, key, value, attention_mask, causal, dropout, scaling, softcap, s_aux)
     return output.transpose(1, 2), None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,7 @@ class KIVICache(DynamicCache):
             # called as a class would be; not a bound method, which would keep the cache alive in a reference cycle
             self.layer_class_to_replicate = _NextLayer(self.kivi_config, self.layers)  # type: ignore[assignment]
         else:
-            self._pack_full_attention_layers()
-
-    def _pack_full_attention_layers(self) -> None:
-        self._pack(DynamicLayer, KIVILayer)
+            self._pack(DynamicLayer, KIVILayer)
 
     def _fix_capacity(self, config: PreTrainedConfig | None, max_cache_len: int, offloading: bool) -> None:
         if config is None:
@@ -122,8 +119,7 @@ class KIVICache(DynamicCache):
     def memory(self) -> MemoryReport:
         """True bytes held, in sum and in ``.layers`` one by one, see [`MemoryReport`]."""
         layers = tuple(layer.memory() if isinstance(layer, KIVILayer) else held_by(layer) for layer in self.layers)
-        total = sum(layers, MemoryReport())
-        return MemoryReport(**{**vars(total), "layers": layers})
+        return replace(sum(layers, MemoryReport()), layers=layers)
 
     def explain(self) -> dict[int, str]:
         """What each layer's decode attention reads: "packed" bytes, fused, or "dense" tensors and the reasons why.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -88,11 +89,13 @@ class FixedKIVILayer(KIVILayer):
 
     def _steps(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether these tokens are a step on buffers that are there, through which no gradient is to pass."""
-        if not self.is_initialized or not 0 < key_states.shape[2] <= MAX_STEP_LENGTH:
+        if not self.is_initialized:
+            return False
+        check_pair(key_states, value_states)
+        if not 0 < key_states.shape[2] <= MAX_STEP_LENGTH:
             return False
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return False
-        check_pair(key_states, value_states)
         return self._fits(key_states, value_states)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
@@ -205,7 +208,7 @@ class FixedKIVILayer(KIVILayer):
         with self._on_host():
             report = super().memory()
         used = report.total - report.slack
-        return MemoryReport(**{**vars(report), "slack": self.allocated_nbytes - used})
+        return replace(report, slack=self.allocated_nbytes - used)
 
     @property
     def allocated_nbytes(self) -> int:
@@ -289,7 +292,7 @@ class FixedKIVILayer(KIVILayer):
         assert self._stores is not None
         return all(
             (states.shape[0], states.shape[1], states.shape[3]) == (*store.residual.shape[:2], store.residual.shape[3])
-            and states.dtype == store.residual.dtype
+            and (states.dtype, states.device) == (store.residual.dtype, store.residual.device)
             for store, states in zip(self._stores, (key_states, value_states), strict=True)
         )
 

@@ -16,8 +16,6 @@ from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
 from kivicache.states import KIVIStates
 
-_SIDES = ("keys", "values")
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -67,7 +65,7 @@ class KIVILayer(DynamicLayer):
 
     def _update(self, key_states: Tensor, value_states: Tensor, may_attend_packed: bool) -> tuple[Tensor, Tensor]:
         check_pair(key_states, value_states)
-        if not self.is_initialized or self._holds_nothing():
+        if self._holds_nothing():
             self.lazy_initialization(key_states, value_states)
         cached_keys, cached_values = self._checked(key_states, value_states)
         packed = packed_lengths(self.config, len(cached_keys) + key_states.shape[2])
@@ -91,7 +89,7 @@ class KIVILayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Prepare empty stores with the batch, heads, widths, dtype and device of the first states."""
-        self._keys, self._values = self._empty("keys", key_states), self._empty("values", value_states)
+        self._keys, self._values = self._empty(0, key_states), self._empty(1, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self._dense_reasons, self.is_initialized = None, True
 
@@ -106,7 +104,7 @@ class KIVILayer(DynamicLayer):
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
-        self._keys = self._assigned("keys", self._keys, states)
+        self._keys = self._assigned(0, self._keys, states)
 
     @property
     def values(self) -> Tensor | None:
@@ -115,7 +113,7 @@ class KIVILayer(DynamicLayer):
 
     @values.setter
     def values(self, states: Tensor | None) -> None:
-        self._values = self._assigned("values", self._values, states)
+        self._values = self._assigned(1, self._values, states)
 
     def get_seq_length(self) -> int:
         """How many tokens are cached."""
@@ -192,9 +190,8 @@ class KIVILayer(DynamicLayer):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, {self.get_seq_length()} tokens)"
 
-    def _empty(self, name: str, like: Tensor) -> KIVIStates:
-        """Empty stores for the "keys" or the "values", shaped like the states ``like``."""
-        side = _SIDES.index(name)
+    def _empty(self, side: int, like: Tensor) -> KIVIStates:
+        """Empty stores for the keys (``side`` 0) or the values (1), shaped like the states ``like``."""
         axis = (self.config.axis_key, self.config.axis_value)[side]
         return KIVIStates(like, self._nbits_of_heads(side, like.shape[1]), axis, self.config)
 
@@ -208,19 +205,19 @@ class KIVILayer(DynamicLayer):
         nbits = (config.nbits_key, config.nbits_value)[side]
         return [config.heads[head][side] if head in config.heads else nbits for head in range(kv_heads)]
 
-    def _assigned(self, name: str, cached: KIVIStates | None, states: Tensor | None) -> KIVIStates | None:
-        """The stores after the dense tensor ``states`` was assigned to ``keys`` or ``values``."""
+    def _assigned(self, side: int, cached: KIVIStates | None, states: Tensor | None) -> KIVIStates | None:
+        """The stores after the dense tensor ``states`` was assigned to ``keys`` (``side`` 0) or ``values`` (1)."""
         if states is None:
             return None
-        _check_dimensions(name, states)
+        _check_dimensions(("keys", "values")[side], states)
         length = states.shape[2]
-        if cached is not None and length <= len(cached) and torch.equal(states, cached.read()[:, :, :length]):
+        if cached is not None and length <= len(cached) and _same(states, cached.read()[:, :, :length]):
             kept = cached.snapshot()
             kept.crop(length)
             return kept
         self._dense_reasons = None
-        fresh = self._empty(name, states)
-        fresh.append(states, packed_lengths(self.config, length)[_SIDES.index(name)])
+        fresh = self._empty(side, states)
+        fresh.append(states, packed_lengths(self.config, length)[side])
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = states.dtype, states.device, True
         return fresh
@@ -258,7 +255,7 @@ class KIVILayer(DynamicLayer):
         return self._keys, self._values
 
     def _holds_nothing(self) -> bool:
-        return self._keys is not None and self._values is not None and len(self._keys) == len(self._values) == 0
+        return not any(len(states) for states in self._states())
 
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         self._change(lambda states: states.map_batch(select))
@@ -295,6 +292,12 @@ def check_pair(key_states: Tensor, value_states: Tensor) -> None:
         keys, values = key_states.shape[dim], value_states.shape[dim]
         if keys != values:
             raise ValueError(f"value_states: got {values} {what}; allowed: {keys}, as in key_states")
+
+
+def _same(states: Tensor, others: Tensor) -> bool:
+    """Whether two tensors are equal; a NaN equals a NaN."""
+    alike = (states.shape, states.dtype, states.device) == (others.shape, others.dtype, others.device)
+    return alike and bool(((states == others) | (states.isnan() & others.isnan())).all())
 
 
 def _check_dimensions(name: str, states: Tensor) -> None:

@@ -11,9 +11,10 @@ Per group of G values: ``minimum = min(x)``, ``scale = (max(x) - min(x)) / (2**n
   not divide head_dim; scale and minimum are ``[batch, heads, tokens, ceil(head_dim / G)]``.
 
 Scale and minimum are kept in float16, also for bfloat16 models: at 8 bits the eight mantissa bits of bfloat16 would
-cost more than the code does. The codes are chosen for the *stored* scale and minimum, so their rounding does not add
-to the error of the code. Magnitudes beyond float16's 65504 saturate. A group that holds a NaN or an infinity reads
-back as NaN, all of it and nothing but it: the fault stays visible and out of its neighbours.
+cost more than the code does. The codes are chosen for the *stored* scale and minimum, which makes up for most of their
+rounding; a range below float16's smallest step becomes one constant. Magnitudes beyond float16's 65504 saturate. A
+group that holds a NaN or an infinity reads back as NaN, all of it and nothing but it: the fault stays visible and out
+of its neighbours.
 """
 
 from __future__ import annotations

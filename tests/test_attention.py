@@ -157,6 +157,12 @@ def test_the_kivi_attention_looks_both_ways_where_the_module_does():
     assert (output - expected).norm() / expected.norm() < 1e-4
 
 
+def test_a_bias_beside_softcap_is_refused_and_not_dropped():
+    query, states = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
+    with pytest.raises(ValueError, match="position_bias: allowed without softcap"):
+        kivi_attention_forward(_Attention(), query, states, states, None, softcap=5.0, position_bias=torch.zeros(9, 9))
+
+
 def test_dropout_with_softcap():
     query, states = torch.randn(2, 4, 9, 64), torch.ones(2, 2, 9, 64)
     output, _ = kivi_attention_forward(_Attention(), query, states, states, None, dropout=0.5, softcap=50.0)

@@ -30,6 +30,9 @@ CONFIGS = {
     "paper_with_sinks": KIVIConfig(nbits=4, policy="paper", **SMALL),
     "mixed_heads": KIVIConfig(nbits=4, heads={0: {0: 8, 2: {"nbits_key": 2, "nbits_value": 16}}}, **SMALL),
 }
+both_kinds = pytest.mark.parametrize(
+    "kind", [KIVILayer, lambda config: FixedKIVILayer(config, 100)], ids=["growing", "fixed"]
+)
 both_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -272,19 +275,22 @@ REFUSED_STATES = {
     "device": ((states(1).to("meta"), states(1)), "key_states: got meta; allowed: cpu"),
     "dimensions": ((states(1)[0], states(1)), "key_states.*floating tensor \\[batch"),
     "integers": ((states(1).int(), states(1)), "key_states: got torch.int32"),
+    "nothing": ((None, None), "key_states: got NoneType; allowed: a tensor"),
+    "no_values": ((states(1), None), "value_states: got NoneType; allowed: a tensor"),
 }
 
 
+@both_kinds
 @pytest.mark.parametrize(("new", "message"), REFUSED_STATES.values(), ids=REFUSED_STATES)
-def test_a_refused_update_leaves_the_cache_as_it_was(new, message):
-    layer = KIVILayer(CONFIGS["K4V2"].layer(0))
+def test_a_refused_update_leaves_the_cache_as_it_was(kind, new, message):
+    layer = kind(CONFIGS["K4V2"].layer(0))
     layer.update(states(50), states(50))
     keys, values, memory = layer.keys, layer.values, layer.memory()
     with pytest.raises(ValueError, match=message):
         layer.update(*new)
     with pytest.raises(ValueError, match="tokens_to_remove: got 7"):
         layer.crop(7)
-    with pytest.raises(ValueError, match="keys: got"):
+    with pytest.raises(ValueError, match="keys: "):
         layer.keys = torch.zeros(3)
     assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.memory() == memory
     layer.update(states(1), states(1))
@@ -320,7 +326,7 @@ def test_an_update_that_fails_midway_loses_nothing(monkeypatch, failing):
         update_both(layer, reference, tokens)
 
 
-@pytest.mark.parametrize("kind", [KIVILayer, lambda config: FixedKIVILayer(config, 100)], ids=["growing", "fixed"])
+@both_kinds
 def test_a_crop_by_a_tensor_is_one_by_its_number(kind):
     layer, expected = (kind(CONFIGS["K4V2"].layer(0)) for _ in range(2))
     prompt, step = (states(70), states(70)), (states(1), states(1))
@@ -383,6 +389,27 @@ def test_what_an_update_returned_outlives_an_assignment(monkeypatch):
     expected = layer.keys.clone()
     layer.keys, layer.values = layer.keys[:, :, :50], layer.values[:, :, :50]
     assert torch.equal(seen.dense(), expected) and layer.get_seq_length() == 50
+
+
+def test_a_shorter_assignment_crops_also_beside_a_nan():
+    key_states = states(80)
+    key_states[0, 0, 12, 3] = torch.nan
+    layer = KIVILayer(CONFIGS["K2V2"].layer(0))
+    layer.update(key_states, states(80))
+    codes = layer._keys.packed[0][1].codes.data_ptr()
+    layer.keys = layer.keys[:, :, :77]
+    assert layer._keys.packed[0][1].codes.data_ptr() == codes  # not quantized again
+
+
+def test_a_layer_whose_content_was_taken_away_is_as_new():
+    layer = KIVILayer(CONFIGS["K4V2"].layer(0))
+    layer.update(states(50), states(50))
+    layer.keys = None
+    with pytest.raises(ValueError, match="keys hold 0 tokens, values 50: assign both"):
+        layer.update(states(1), states(1))
+    layer.values = None
+    layer.update(states(3, batch=1, head_dim=8), states(3, batch=1, head_dim=8))
+    assert layer.get_seq_length() == 3
 
 
 def test_what_is_no_tensor_is_not_assigned():

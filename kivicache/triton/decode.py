@@ -49,7 +49,7 @@ def decode_attention(
         scale: of the scores, default ``head_dim ** -0.5``.
         softcap: 0 is off.
         s_aux: ``[query heads]``, one more score in every softmax, with no value (the sinks of gpt-oss).
-        lengths: int32 ``[4]`` on the device: how many sinks, packed keys, packed values and tokens in all are valid.
+        lengths: int32 on the device, that begins with how many sinks, packed keys, packed values and tokens are valid.
             The buffers then say what room there is, and a captured graph goes on working as the lengths grow.
         fast: decode_nvidia.py (True) or decode_portable.py (False); default: the former where it serves.
         splits: programs per key head, default from tuning.py.

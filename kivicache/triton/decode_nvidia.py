@@ -64,7 +64,7 @@ def decode_kernel(
     kr,
     vr,  # sinks and newest tokens in full precision, [B, HEADS, tokens, D], of q's dtype
     mask_ptr,  # bool as uint8, or additive: [B, 1 or query heads, Q, positions]
-    len_ptr,  # int32 [4]: n_sink, n_key, n_value, n_total, when DEVLEN
+    len_ptr,  # int32: n_sink, n_key, n_value, n_total, .., when DEVLEN
     head_ptr,  # int32 [3, H], when MIXED: the key head, and where it lies in the stores of keys and of values
     o_ptr,
     lse_ptr,  # float32 [B * HEADS, splits, ROWS, D], [B * HEADS, splits, ROWS]

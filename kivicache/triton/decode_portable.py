@@ -236,7 +236,7 @@ def decode_kernel(
     k_new_ptr,
     v_new_ptr,  # [B, HEADS, tokens, DK], [B, HEADS, tokens, DV]
     mask_ptr,  # bool as uint8, or additive: [B, 1 or query heads, Q, positions]
-    len_ptr,  # int32 [4]: n_sink, n_key, n_value, n_total, when LENGTHS_ON_DEVICE
+    len_ptr,  # int32: n_sink, n_key, n_value, n_total, .., when LENGTHS_ON_DEVICE
     head_ptr,  # int32 [3, H], when MIXED: the key head, and where it lies in the stores of keys and of values
     o_ptr,
     lse_ptr,  # float32 [B * HEADS, splits, ROWS, DV], [B * HEADS, splits, ROWS]

@@ -25,6 +25,7 @@ def hadamard_rows(x, BLOCK: tl.constexpr):
     """Rows [R, D] of float32 turned in blocks of BLOCK channels (both powers of two), as rotation.hadamard does."""
     R: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
+    tl.static_assert(BLOCK <= 1024)
     for step in tl.static_range(10):
         if (1 << step) < BLOCK:
             pairs = tl.permute(tl.reshape(x, [R, D >> (step + 1), 2, 1 << step]), [0, 1, 3, 2])
