@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kivicache.config import CHOICES, PAPER, PRESETS, KIVIConfig
 from kivicache.memory import held_by
 
 _HF_FIELDS = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
+_DISTRIBUTIONS = {"hqq": "hqq", "quanto": "optimum-quanto"}
 _WORD_FIELDS = {"g": "group_size", "r": "residual_length", "s": "sink_length"}
 _ALLOWED = "dynamic, kivi[:OPTIONS], paper:BITS[:OPTIONS], hf-quanto[:OPTIONS], hf-hqq[:OPTIONS], hf-fp8, a .yaml file"
 
@@ -71,6 +73,12 @@ class CacheSpec:
         except ValueError as error:
             raise ValueError(f"cache {text!r}: {error}") from None
         raise ValueError(f"cache: got {text!r}; allowed: {_ALLOWED}")
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """The versions of the quantization libraries that it calls."""
+        used = KIVIConfig.from_dict(self.settings).backends if self.kind == "kivi" else {self.kind}
+        return {name: metadata.version(name) for key, name in _DISTRIBUTIONS.items() if key in used}
 
     def new(self, config: PreTrainedConfig) -> Cache:
         """An empty cache of this kind for the model with this config."""

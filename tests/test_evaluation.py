@@ -5,6 +5,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -42,10 +43,10 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-def run(caches, tasks, **kwargs):
+def run(caches, tasks, model=None, **kwargs):
     steps = []
     results = evaluate(
-        tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: steps.append(step), **kwargs
+        model or tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: steps.append(step), **kwargs
     )
     return results, steps
 
@@ -72,6 +73,37 @@ def test_what_is_stored_is_not_measured_again(fidelity, tmp_path):
     assert run(CACHES[:2], [fidelity], store=store, limit=2)[0][0].records == first[0].records[:2]
     _, steps = run(CACHES[:1], [fidelity.replace("step=8", "step=4")], store=store)
     assert len(steps) == 4  # another step is another measurement
+
+
+def test_what_is_stored_of_settings_by_layer_is_not_measured_again(fidelity, tmp_path):
+    config, spec = KIVIConfig(layers={layer: {"nbits": 8} for layer in (2, 10)}), tmp_path / "mine.yaml"
+    config.to_yaml(spec)  # 2 stands before 10, but "10" before "2"
+    for _ in range(2):
+        _, steps = run([str(spec)], [fidelity], store=tmp_path / "records.jsonl", model=tiny_llama(layers=11))
+    assert steps == [(0, 0, "done")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "measured"),
+    [("torch", {"dynamic", "kivi:2:g8:hqq", "hf-fp8"}), ("hqq", {"kivi:2:g8:hqq"}), ("optimum-quanto", set())],
+)
+def test_what_is_stored_of_another_library_is_not_used(changed, measured, fidelity, tmp_path, monkeypatch):
+    pytest.importorskip("hqq")
+    caches, store = ["dynamic", "kivi:2:g8:hqq", "hf-fp8"], tmp_path / "records.jsonl"
+    run(caches, [fidelity], store=store, limit=1)
+    installed = metadata.version
+    if changed == "torch":
+        monkeypatch.setattr(torch, "__version__", "9")
+    monkeypatch.setattr(metadata, "version", lambda name: "9" if name == changed else installed(name))
+    _, steps = run(caches, [fidelity], store=store, limit=1)
+    assert {what for _, _, what in steps} == {f"fidelity {cache}" for cache in measured} | {"done"}
+
+
+def test_a_store_that_is_no_text_is_named(fidelity, tmp_path):
+    store = tmp_path / "records.jsonl"
+    store.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"store: .*records\.jsonl: allowed: JSON lines in UTF-8"):
+        run(["dynamic"], [fidelity], store=store)
 
 
 def test_what_is_stored_of_another_model_is_not_used(fidelity, tmp_path):
