@@ -32,6 +32,7 @@ from kivicache.cache import KIVICache
 from kivicache.config import CHOICES, PAPER, PRESETS, KIVIConfig
 from kivicache.memory import held_by
 
+NOTHING_PACKED = 16.0  # the bits of a packed value where all are exact
 _HF_FIELDS = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
 _DISTRIBUTIONS = {"hqq": "hqq", "quanto": "optimum-quanto"}
 _WORD_FIELDS = {"g": "group_size", "r": "residual_length", "s": "sink_length"}
@@ -167,7 +168,7 @@ class CacheBits:
 
     Attributes:
         per_value: bits per cached value. Codes as stored; scales, minima and exact values in 16 bits each.
-        per_packed_value: the same for the quantized values alone; 16.0 where nothing is quantized.
+        per_packed_value: the same for the quantized values alone; `NOTHING_PACKED` where there are none.
     """
 
     per_value: float
@@ -182,7 +183,7 @@ def cache_bits(cache: Cache) -> CacheBits:
     values = packed_values + exact_values
     return CacheBits(
         (packed_bits + 16 * exact_values) / values if values else 0.0,
-        packed_bits / packed_values if packed_values else 16.0,
+        packed_bits / packed_values if packed_values else NOTHING_PACKED,
     )
 
 

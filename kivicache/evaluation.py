@@ -15,7 +15,7 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache import __version__
-from kivicache.caches import CacheSpec, cache_bits
+from kivicache.caches import NOTHING_PACKED, CacheSpec, cache_bits
 from kivicache.models import fingerprint
 from kivicache.tasks import Item, Subject, Task, parse_task
 
@@ -49,10 +49,15 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The task's metrics over all items, behind the bits per value and per packed value."""
+        """The task's metrics over all items, behind the bits per value and per packed value.
+
+        An item that packs nothing counts in the first alone: it says nothing of what a packed value takes.
+        """
+        packed = [record.bits["per_packed_value"] for record in self.records]
+        packed = [bits for bits in packed if bits != NOTHING_PACKED] or [NOTHING_PACKED]
         bits = {
             "bits_per_value": fmean(record.bits["per_value"] for record in self.records),
-            "bits_per_packed_value": fmean(record.bits["per_packed_value"] for record in self.records),
+            "bits_per_packed_value": fmean(packed),
         }
         return bits | self.task.summarize([dict(record.scores) for record in self.records])
 

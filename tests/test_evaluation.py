@@ -99,6 +99,14 @@ def test_what_is_stored_of_another_library_is_not_used(changed, measured, fideli
     assert {what for _, _, what in steps} == {f"fidelity {cache}" for cache in measured} | {"done"}
 
 
+def test_an_item_that_packs_nothing_tells_nothing_of_packed_values():
+    short, long = (run(["kivi:2", "kivi:16"], [f"passkey:lengths=[{n}],depths=1"])[0] for n in ("150", "700"))
+    both = run(["kivi:2", "kivi:16"], ["passkey:lengths=[150,700],depths=1"])[0]
+    assert [result.metrics["bits_per_packed_value"] for result in short] == [16, 16]
+    assert [result.metrics["bits_per_packed_value"] for result in both] == [3.5, 16]
+    assert both[0].metrics["bits_per_value"] == (16 + long[0].metrics["bits_per_value"]) / 2
+
+
 def test_a_store_that_is_no_text_is_named(fidelity, tmp_path):
     store = tmp_path / "records.jsonl"
     store.write_bytes(b"\xff\xfe{}")
