@@ -206,7 +206,8 @@ def test_the_command_line(folder, fidelity, tmp_path, capsys, monkeypatch):
     call = ["eval", "--model", folder, "--cache", *CACHES[:3], "--task", fidelity, PASSKEY, "--out", str(tmp_path)]
     assert main([*call, "--limit", "2"]) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"\d of 12$", err, re.MULTILINE)  # lines, as this is no terminal
+    lines = re.findall(r"^.*\d of 12$", err, re.MULTILINE)  # as this is no terminal
+    assert lines[0] == "fidelity dynamic: 0 of 12" and lines[-1] == "done: 12 of 12"
     assert len(re.findall(r"kivi:2:g8:r8:s4", out)) == 2 and "ppl" in out
     assert str(tmp_path / "fidelity.csv") in out
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines() if line]
