@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -30,10 +24,11 @@ from kivicache.fidelity import cache_argument
 from kivicache.fixed import FixedKIVILayer
 from kivicache.layer import KIVILayer
 from kivicache.memory import format_bytes, size_against
+from kivicache.models import check_decoder, load_config
 from kivicache.policy import packed_lengths
 
 _META = torch.device("meta")
-_LONGEST = 2**40  # tokens: beyond any memory
+_LONGEST = 2**40  # tokens, or sequences: beyond any memory
 # whose bytes follow from the shape of a token; of these classes exactly, as others keep more
 _LAYERS = (KIVILayer, FixedKIVILayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
@@ -118,9 +113,9 @@ def estimate(
         ValueError: for a model that cannot be loaded, no decoder, or one that caches more than plain keys and values.
     """
     for name, value in (("context", context), ("batch", batch)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}: got {value!r}; allowed: a whole number from 1")
-    config = model if isinstance(model, PreTrainedConfig) else _load_config(model)
+        if type(value) is not int or not 1 <= value <= _LONGEST:
+            raise ValueError(f"{name}: got {value!r}; allowed: a whole number from 1 to {_LONGEST}")
+    config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     cfg = KIVIConfig() if cfg is None else cfg
     shell = _shell(config)
     token, weights = _one_token(shell), weight_bytes(shell)
@@ -218,10 +213,7 @@ def _layer_bytes(layer: Any, keys: Tensor, values: Tensor, context: int) -> int:
 
 def _shell(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of this config on the meta device, where nothing takes memory."""
-    if config.is_encoder_decoder:
-        raise ValueError(f"model: got the encoder-decoder {config.model_type}; allowed: decoders")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"model: got a {config.model_type}, which generates no text; allowed: decoders")
+    check_decoder(config)
     with _META:
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=_dtype(config))
     model.set_experts_implementation("batched_mm")  # the way through experts that does not depend on the tokens
@@ -268,12 +260,3 @@ def _quantization(config: PreTrainedConfig) -> str | None:
             method = plain.get("quant_method", "bitsandbytes")  # whose oldest configs do not name it
             return str(getattr(method, "value", method))
     return None
-
-
-def _load_config(name: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except Exception as error:  # a damaged file may fail anywhere in what reads it
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
-        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error

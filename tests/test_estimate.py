@@ -168,6 +168,8 @@ def test_what_cannot_be_estimated_says_so(tmp_path, capsys):
         estimate(tiny_model("mamba").config, context=10)
     with pytest.raises(ValueError, match="batch: got 0; allowed: a whole number from 1"):
         estimate(LLAMA, context=10, batch=0)
+    with pytest.raises(ValueError, match=f"context: got {10**20}; allowed: a whole number from 1 to {2**40}"):
+        estimate(LLAMA, context=10**20)
     with pytest.raises(ValueError, match="model: got the encoder-decoder t5; allowed: decoders"):
         estimate(T5Config(), context=10)
     with pytest.raises(ValueError, match="model: got a vit, which generates no text; allowed: decoders"):
