@@ -38,7 +38,7 @@ NOTE = (
     "bits: per cached value, exact tokens, scales and minima included; packed: per quantized value. KL to full "
     "precision in nats per token: its mean, median and 99th percentile."
 )
-NONE_PACKED = "the texts are no longer than what stays exact, or the settings pack nothing."
+NONE_PACKED = "the texts are no longer than what stays exact, or no layer is to be packed."
 # what the plot of quality against bits shows: metric -> (axis label, logarithmic)
 QUALITY = {
     "kl_mean": ("KL to full precision, nats per token", True),
@@ -89,7 +89,7 @@ def render(results: Sequence[Result], console: Console) -> None:
         for result in own:
             table.add_row(result.cache.name, *(_written(name, result.metrics[name]) for name in names))
         console.print(table)
-        exact = [result.cache.name for result in own if result.cache.kind != "dynamic" and _is_exact(result)]
+        exact = [result.cache.name for result in own if _is_to_pack(result.cache) and _is_exact(result)]
         if exact:
             console.print(f"No value takes less than 16 bits in {', '.join(exact)}: {NONE_PACKED}\n", style="yellow")
     console.print(NOTE, style="dim")
@@ -226,6 +226,12 @@ def _is_free(box: Any, axes: Axes, taken: list[Any], dots: list[Any]) -> bool:
     inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
     wide = box.padded(4)  # a dot's radius
     return inside and not any(map(box.padded(1).overlaps, taken)) and not any(wide.contains(*dot) for dot in dots)
+
+
+def _is_to_pack(cache: CacheSpec) -> bool:
+    settings = cache.settings
+    all_exact = {settings.get("nbits_key"), settings.get("nbits_value")} == {16}
+    return cache.kind != "dynamic" and (not all_exact or bool(settings.get("layers") or settings.get("heads")))
 
 
 def _is_exact(result: Result) -> bool:

@@ -195,13 +195,13 @@ def test_tables_and_files(fidelity, tmp_path):
 
 def test_a_run_that_packs_nothing_says_so_and_still_has_a_picture(fidelity, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    results, _ = run(["dynamic", "kivi:2"], [fidelity])  # 80 tokens, of which 160 stay exact
+    results, _ = run(["dynamic", "kivi:2", "kivi:16"], [fidelity])  # 80 tokens, of which 160 stay exact
     drawn = []
     monkeypatch.setattr(evaluation_report, "save", lambda figure, path, **kwargs: drawn.append(figure) or path)
     report(results, tmp_path, "tiny")
     for axes in drawn[0].axes:
         points = [tuple(point) for collection in axes.collections for point in collection.get_offsets().tolist()]
-        assert points == [(16, 0), (16, 0)] and {text.get_text() for text in axes.texts} >= {"dynamic", "kivi:2"}
+        assert points == [(16, 0)] * 3 and {text.get_text() for text in axes.texts} >= {"dynamic", "kivi:2"}
     console = Console(file=io.StringIO(), width=140)
     render(results, console)
     assert "No value takes less than 16 bits in kivi:2: the texts are no longer" in console.file.getvalue()
