@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,8 +31,6 @@ from kivicache.attention import PackedStates, fused_attention
 from kivicache.layer import KIVILayer
 from kivicache.packing import pack, unpack
 from kivicache.quantization import dequantize, quantize
-from kivicache.triton.pack import quantize_pack
-from kivicache.triton.unpack import unpack_dequantize
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda"
@@ -94,6 +91,8 @@ PACK = [(nbits, axis) for axis in ("channel", "token") for nbits in (2, 4, 8)]
 
 def microseconds(run: Callable[[], object]) -> tuple[float, float, float]:
     """Median, and the 20th and 80th percentile, of replays of ``run`` in a CUDA graph, the L2 cache emptied before."""
+    from triton.testing import do_bench
+
     stream = torch.cuda.Stream()
     # else the first runs overtake what made their inputs, and write over memory that it still uses
     torch.cuda.synchronize()
@@ -104,7 +103,7 @@ def microseconds(run: Callable[[], object]) -> tuple[float, float, float]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             run()
-        low, median, high = triton.testing.do_bench(graph.replay, warmup=20, rep=80, quantiles=[0.2, 0.5, 0.8])
+        low, median, high = do_bench(graph.replay, warmup=20, rep=80, quantiles=[0.2, 0.5, 0.8])
     return 1000 * median, 1000 * low, 1000 * high
 
 
@@ -172,6 +171,9 @@ def attention_row(case: Case) -> dict[str, str]:
 
 def pack_row(nbits: int, axis: str, tokens: int = 32768) -> dict[str, str]:
     """Pack a prompt of 8 heads, and unpack it again; the ceiling is a copy that reads and writes as many bytes."""
+    from kivicache.triton.pack import quantize_pack
+    from kivicache.triton.unpack import unpack_dequantize
+
     states = torch.randn(1, 8, tokens, 128, dtype=torch.bfloat16, device=DEVICE)
     packed = quantize_pack(states, nbits, 32, axis)
     restored = torch.empty_like(states)
@@ -232,6 +234,8 @@ def main() -> None:
     args = parser.parse_args()
     parts, failed = [args.only] if args.only else list(PARTS), []
     if not args.plot:
+        import triton  # what draws the tables alone does without
+
         args.out.mkdir(exist_ok=True, parents=True)
         machine = (
             f"{torch.cuda.get_device_name()}, kivicache {__version__} {args.commit}, torch {torch.__version__}, "
@@ -243,9 +247,12 @@ def main() -> None:
             path = args.out / f"decode_{name.replace('-', '_')}.csv"
             if not measure(PARTS[name](), path, machine):
                 failed.append(name)
-    for name in {"attention", "formats"}.intersection(parts):
-        if (args.out / f"decode_{name}.csv").exists():
-            plot(args.out / f"decode_{name}.csv")
+    tables = [args.out / f"decode_{name}.csv" for name in parts if name in ("attention", "formats")]
+    tables = [table for table in tables if table.exists()]
+    if args.plot and not tables:
+        parser.error(f"--plot: nothing to draw in {args.out}; allowed: a folder with a table of attention or formats")
+    for table in tables:
+        plot(table)
     if failed:
         raise SystemExit(f"cases failed in: {', '.join(failed)}")
 

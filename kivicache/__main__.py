@@ -204,7 +204,7 @@ def _time_left() -> Iterator[OnProgress]:
 
         def on_progress(done: int, total: int, what: str) -> None:
             progress.update(bar, completed=done, total=total, description=what)
-            log(f"{what}: {done} of {total}")
+            log(f"{what}: {done} of {total}", done == total)
 
         yield on_progress
 
@@ -235,13 +235,13 @@ def _bars(description: str, transient: bool) -> Progress:
     )
 
 
-def _lines(progress: Progress) -> Callable[[str], None]:
-    """Prints what it is given on stderr where the bars are off, at most every ``LOG_SECONDS``."""
+def _lines(progress: Progress) -> Callable[[str, bool], None]:
+    """Prints what it is given on stderr where the bars are off, at most every ``LOG_SECONDS``, but each end."""
     last = -float("inf")
 
-    def log(text: str) -> None:
+    def log(text: str, ends: bool) -> None:
         nonlocal last
-        if progress.disable and time.monotonic() - last >= LOG_SECONDS:
+        if progress.disable and (ends or time.monotonic() - last >= LOG_SECONDS):
             last = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
@@ -339,7 +339,7 @@ def _stages(stages: Sequence[str]) -> Iterator[tuning.OnProgress]:
             if not progress.tasks[bars[stage]].started:
                 progress.start_task(bars[stage])
             progress.update(bars[stage], completed=done, total=total, description=stage, note=note)
-            log(f"{stage}: {done} of {total} {note}".rstrip())
+            log(f"{stage}: {done} of {total} {note}".rstrip(), done == total)
 
         yield on_progress
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from kivicache.cache import KIVICache
 from kivicache.config import CHOICES, PAPER, PRESETS, KIVIConfig
 from kivicache.memory import held_by
 
+NOTHING_PACKED = 16.0  # the bits of a packed value where all are exact
 _HF_FIELDS = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
+_DISTRIBUTIONS = {"hqq": "hqq", "quanto": "optimum-quanto"}
 _WORD_FIELDS = {"g": "group_size", "r": "residual_length", "s": "sink_length"}
 _ALLOWED = "dynamic, kivi[:OPTIONS], paper:BITS[:OPTIONS], hf-quanto[:OPTIONS], hf-hqq[:OPTIONS], hf-fp8, a .yaml file"
 
@@ -63,7 +66,7 @@ class CacheSpec:
             head, words, fields = split_options(text)
             if head in ("kivi", "paper"):
                 base = PAPER if head == "paper" else {}
-                return cls(text, "kivi", KIVIConfig.from_dict({**base, **_kivi_words(words), **fields}).to_dict())
+                return cls(text, "kivi", KIVIConfig.from_dict(base | _kivi_settings(words, fields)).to_dict())
             if head in ("hf-quanto", "hf-hqq"):
                 return cls(text, head.removeprefix("hf-"), _hf_settings(words, fields))
             if head in ("dynamic", "hf-fp8") and not words and not fields:
@@ -71,6 +74,12 @@ class CacheSpec:
         except ValueError as error:
             raise ValueError(f"cache {text!r}: {error}") from None
         raise ValueError(f"cache: got {text!r}; allowed: {_ALLOWED}")
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """The versions of the quantization libraries that it calls."""
+        used = KIVIConfig.from_dict(self.settings).backends if self.kind == "kivi" else {self.kind}
+        return {name: metadata.version(name) for key, name in _DISTRIBUTIONS.items() if key in used}
 
     def new(self, config: PreTrainedConfig) -> Cache:
         """An empty cache of this kind for the model with this config."""
@@ -88,17 +97,15 @@ def split_options(text: str) -> tuple[str, list[str], dict[str, Any]]:
     """``"head:word:field=value,field=[1,2]"`` as its head, its words, and its fields, whose values are YAML."""
     head, *options = re.split(r"[:,](?![^\[]*\])", text)
     words = [option for option in options if "=" not in option]
-    fields: dict[str, Any] = {}
-    for option in options:
-        name, found, value = option.partition("=")
-        if found:
-            if name in fields:
-                raise ValueError(f"{name}: given twice; allowed: once")
-            try:
-                fields[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ValueError(f"{name}: got {value!r}; allowed: a YAML value, such as 2, null or [1,2]") from None
-    return head, words, fields
+    pairs = [option.split("=", 1) for option in options if "=" in option]
+    return head, words, _merged(*({name: _value(name, text)} for name, text in pairs))
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{name}: got {text!r}; allowed: a YAML value, such as 2, null or [1,2]") from None
 
 
 def _from_file(path: str) -> KIVIConfig:
@@ -108,22 +115,35 @@ def _from_file(path: str) -> KIVIConfig:
         raise ValueError(f"{error.strerror}") from error
 
 
-def _kivi_words(words: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for word in words:
-        if word in CHOICES["rotation"]:
-            found: Mapping[str, Any] = {"rotation": word}
-        elif word in CHOICES["backend"]:
-            found = {"backend": word}
-        elif word in PRESETS:
-            found = PRESETS[word]
-        elif pair := re.fullmatch(r"k(\d+)v(\d+)", word):
-            found = {"nbits_key": int(pair[1]), "nbits_value": int(pair[2])}
-        else:
-            names = ", ".join(map(str, (*PRESETS, *CHOICES["rotation"][1:], *CHOICES["backend"])))
-            found = _number_word(word, f"a number of bits, kXvY, gN, rN, sN, {names}, FIELD=VALUE")
-        settings |= found
-    return settings
+def _kivi_settings(words: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+    """What is given, over the fields of the preset that is named, if any."""
+    named = _merged(*map(_kivi_word, words))
+    preset = PRESETS.get(named.pop("preset", ""), {})
+    return preset | _merged(named, fields)
+
+
+def _kivi_word(word: str) -> dict[str, Any]:
+    if word in CHOICES["rotation"]:
+        return {"rotation": word}
+    if word in CHOICES["backend"]:
+        return {"backend": word}
+    if word in PRESETS:
+        return {"preset": word}
+    if pair := re.fullmatch(r"k(\d+)v(\d+)", word):
+        return {"nbits_key": int(pair[1]), "nbits_value": int(pair[2])}
+    names = ", ".join(map(str, (*PRESETS, *CHOICES["rotation"][1:], *CHOICES["backend"])))
+    return _number_word(word, f"a number of bits, kXvY, gN, rN, sN, {names}, FIELD=VALUE")
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """All of them in one; what two of them have is refused."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name in merged:
+                raise ValueError(f"{name}: given twice; allowed: once")
+            merged[name] = value
+    return merged
 
 
 def _hf_settings(words: list[str], fields: dict[str, Any]) -> dict[str, Any]:
@@ -132,17 +152,18 @@ def _hf_settings(words: list[str], fields: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: unknown option; allowed: {', '.join(_HF_FIELDS)}")
         if type(fields[name]) is not int:
             raise ValueError(f"{name}: got {fields[name]!r}; allowed: a whole number")
-    settings: dict[str, Any] = {}
-    for word in words:
-        if axes := re.fullmatch(r"a(-?\d)/(-?\d)", word):
-            settings |= {"axis_key": int(axes[1]), "axis_value": int(axes[2])}
-        else:
-            settings |= _number_word(word, "a number of bits, gN, rN, aN/N, FIELD=VALUE")
+    settings = _merged(*map(_hf_word, words))
     if "sink_length" in settings:
         raise ValueError("sink_length: transformers' QuantizedCache keeps no sinks")
     if "group_size" in settings:
         settings["q_group_size"] = settings.pop("group_size")
-    return settings | fields
+    return _merged(settings, fields)
+
+
+def _hf_word(word: str) -> dict[str, Any]:
+    if axes := re.fullmatch(r"a(-?\d)/(-?\d)", word):
+        return {"axis_key": int(axes[1]), "axis_value": int(axes[2])}
+    return _number_word(word, "a number of bits, gN, rN, aN/N, FIELD=VALUE")
 
 
 def _number_word(word: str, allowed: str) -> dict[str, Any]:
@@ -159,7 +180,7 @@ class CacheBits:
 
     Attributes:
         per_value: bits per cached value. Codes as stored; scales, minima and exact values in 16 bits each.
-        per_packed_value: the same for the quantized values alone; 16.0 where nothing is quantized.
+        per_packed_value: the same for the quantized values alone; `NOTHING_PACKED` where there are none.
     """
 
     per_value: float
@@ -174,7 +195,7 @@ def cache_bits(cache: Cache) -> CacheBits:
     values = packed_values + exact_values
     return CacheBits(
         (packed_bits + 16 * exact_values) / values if values else 0.0,
-        packed_bits / packed_values if packed_values else 16.0,
+        packed_bits / packed_values if packed_values else NOTHING_PACKED,
     )
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache import __version__
-from kivicache.caches import CacheSpec, cache_bits
+from kivicache.caches import NOTHING_PACKED, CacheSpec, cache_bits
 from kivicache.models import fingerprint
 from kivicache.tasks import Item, Subject, Task, parse_task
 
@@ -48,10 +49,15 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The task's metrics over all items, behind the bits per value and per packed value."""
+        """The task's metrics over all items, behind the bits per value and per packed value.
+
+        An item that packs nothing counts in the first alone: it says nothing of what a packed value takes.
+        """
+        packed = [record.bits["per_packed_value"] for record in self.records]
+        packed = [bits for bits in packed if bits != NOTHING_PACKED] or [NOTHING_PACKED]
         bits = {
             "bits_per_value": fmean(record.bits["per_value"] for record in self.records),
-            "bits_per_packed_value": fmean(record.bits["per_packed_value"] for record in self.records),
+            "bits_per_packed_value": fmean(packed),
         }
         return bits | self.task.summarize([dict(record.scores) for record in self.records])
 
@@ -67,23 +73,28 @@ class Store:
             "dtype": str(subject.model.dtype).removeprefix("torch."),
             "device": subject.model.device.type,
             "kivicache": __version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         }
         self.records: dict[str, Record] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").split("\n"):
+            try:
+                lines = self.path.read_text(encoding="utf-8").split("\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"store: {self.path}: allowed: JSON lines in UTF-8; {error}") from error
+            for line in lines:
                 self._read(line)
 
     def key(self, task: Task, item: Item, cache: CacheSpec) -> dict[str, Any]:
         """What has to be equal for a stored record to count."""
-        own = {"kind": cache.kind, "settings": dict(cache.settings)}
+        own = {"kind": cache.kind, "settings": dict(cache.settings), "libraries": cache.libraries}
         return {**self.setup, "task": task.label, "item": f"{item.name} {item.digest}", "cache": own}
 
     def find(self, key: Mapping[str, Any]) -> Record | None:
-        return self.records.get(json.dumps(key, sort_keys=True))
+        return self.records.get(_as_text(key))
 
     def add(self, key: Mapping[str, Any], record: Record) -> None:
-        self.records[json.dumps(key, sort_keys=True)] = record
+        self.records[_as_text(key)] = record
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -93,9 +104,14 @@ class Store:
     def _read(self, line: str) -> None:
         try:
             entry = json.loads(line)
-            self.records[json.dumps(entry["key"], sort_keys=True)] = Record(**entry["record"])
+            self.records[_as_text(entry["key"])] = Record(**entry["record"])
         except (ValueError, KeyError, TypeError):
             return
+
+
+def _as_text(key: Mapping[str, Any]) -> str:
+    """One text for a key, read from a file or not: JSON makes texts of layer indices, and they sort otherwise."""
+    return json.dumps(json.loads(json.dumps(key)), sort_keys=True)
 
 
 def evaluate(

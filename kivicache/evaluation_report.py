@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from kivicache import __version__
-from kivicache.caches import CacheSpec
+from kivicache.caches import NOTHING_PACKED, CacheSpec
 from kivicache.evaluation import Result
 from kivicache.files import replacing
 from kivicache.models import MissingPackage
@@ -38,6 +38,7 @@ NOTE = (
     "bits: per cached value, exact tokens, scales and minima included; packed: per quantized value. KL to full "
     "precision in nats per token: its mean, median and 99th percentile."
 )
+NONE_PACKED = "the texts are no longer than what stays exact, or no layer is to be packed."
 # what the plot of quality against bits shows: metric -> (axis label, logarithmic)
 QUALITY = {
     "kl_mean": ("KL to full precision, nats per token", True),
@@ -88,6 +89,9 @@ def render(results: Sequence[Result], console: Console) -> None:
         for result in own:
             table.add_row(result.cache.name, *(_written(name, result.metrics[name]) for name in names))
         console.print(table)
+        exact = [result.cache.name for result in own if _is_to_pack(result.cache) and _is_exact(result)]
+        if exact:
+            console.print(f"No value takes less than 16 bits in {', '.join(exact)}: {NONE_PACKED}\n", style="yellow")
     console.print(NOTE, style="dim")
 
 
@@ -134,7 +138,9 @@ def plot_quality(results: Sequence[Result], path: Path) -> Path:
     """Quality against true bits, a point for each setting: of what is packed, and of the whole cache."""
     metric = next((name for name in results[0].metrics if name in QUALITY), list(results[0].metrics)[-1])
     label, logarithmic = QUALITY.get(metric, (_heading(metric), False))
-    shown = [result for result in results if not logarithmic or result.metrics[metric] > 1e-9]
+    positive = [result for result in results if result.metrics[metric] > 1e-9]
+    logarithmic = logarithmic and bool(positive)  # where all are exact, there is nothing to take a logarithm of
+    shown = positive if logarithmic else results
     figure, panels = pyplot().subplots(1, 2, figsize=(15, 8), sharey=True, layout="constrained")
     for axes, (bits, title) in zip(panels, BITS.items(), strict=True):
         for kind in dict.fromkeys(result.cache.kind for result in shown):
@@ -220,6 +226,16 @@ def _is_free(box: Any, axes: Axes, taken: list[Any], dots: list[Any]) -> bool:
     inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
     wide = box.padded(4)  # a dot's radius
     return inside and not any(map(box.padded(1).overlaps, taken)) and not any(wide.contains(*dot) for dot in dots)
+
+
+def _is_to_pack(cache: CacheSpec) -> bool:
+    settings = cache.settings
+    all_exact = {settings.get("nbits_key"), settings.get("nbits_value")} == {16}
+    return cache.kind != "dynamic" and (not all_exact or bool(settings.get("layers") or settings.get("heads")))
+
+
+def _is_exact(result: Result) -> bool:
+    return result.metrics["bits_per_packed_value"] == NOTHING_PACKED
 
 
 def _named(result: Result) -> str:

@@ -8,6 +8,7 @@ From Python: ``lm_eval.simple_evaluate(model=KIVICacheLM(pretrained=..., cache="
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields
@@ -27,10 +28,17 @@ try:
     from lm_eval.models.huggingface import HFLM
     from tqdm import tqdm
 except ImportError as error:
-    raise MissingPackage("lm-eval", 'pip install "kivicache[eval]"') from error
+    missing = MissingPackage("lm-eval", 'pip install "kivicache[eval]"')
+    if __name__ == "__main__":
+        sys.exit(f"kivicache.lm_eval: error: {missing}")
+    raise missing from error
 
 _KIVI_FIELDS = {"nbits", *(f.name for f in fields(KIVIConfig))}
 _Request = tuple[Any, list[int], list[int]]  # what asks, the tokens of the context, and those of the continuation
+
+
+class Refused(ValueError):
+    """The model cannot be had as it was asked for; the message says why, in one line."""
 
 
 @register_model("kivicache")
@@ -50,11 +58,17 @@ class KIVICacheLM(HFLM):
         kwargs: the fields of ``KIVIConfig``, and all that ``HFLM`` takes but ``backend``, which is the config's.
 
     Raises:
-        ValueError: naming what was given and what is allowed.
+        Refused: naming what was given and what is allowed.
     """
 
     def __init__(self, pretrained: Any = EMBEDDED, cache: str | None = None, step: int = 32, **kwargs: Any):
-        given = {name: kwargs.pop(name) for name in _KIVI_FIELDS & set(kwargs)}
+        try:
+            self._set_up(pretrained, cache, step, **kwargs)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            raise Refused(" ".join(str(error).split())) from error
+
+    def _set_up(self, pretrained: Any, cache: str | None, step: int, **kwargs: Any) -> None:
+        given = {name: _value(kwargs.pop(name)) for name in _KIVI_FIELDS & set(kwargs)}
         if cache is not None and given:
             raise ValueError(f"cache: got {cache!r} beside {', '.join(sorted(given))}; allowed: one or the other")
         if type(step) is not int or step < 1:
@@ -63,13 +77,14 @@ class KIVICacheLM(HFLM):
         self.spec = (
             CacheSpec("kivi", "kivi", KIVIConfig.from_dict(given).to_dict())
             if cache is None
-            else CacheSpec.parse(cache.replace("+", ","))
+            else CacheSpec.parse(str(cache).replace("+", ","))
         )
         if pretrained == EMBEDDED:
             pretrained, kwargs["tokenizer"] = load_model(None, kwargs.get("device") or "cpu")
         super().__init__(pretrained=pretrained, **kwargs)
         if self.backend != "causal":
             raise ValueError(f"pretrained: got a {self.backend} model; allowed: decoders")
+        self.spec.new(self.config)  # what does not fit the model is said before the tasks are read
 
     def get_model_info(self) -> dict[str, Any]:
         return {**super().get_model_info(), "cache": {"kind": self.spec.kind, **self.spec.settings}}
@@ -124,7 +139,15 @@ class KIVICacheLM(HFLM):
         return self.model(input_ids, **{cache_argument(self.model): cache}, **kwargs).logits
 
 
+def _value(given: Any) -> Any:
+    """What a field has on the harness's command line, which knows None but not YAML's null."""
+    return None if given == "null" else given
+
+
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except Refused as error:
+        sys.exit(f"kivicache.lm_eval: error: {error}")

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +91,7 @@ def load_model(
         dtype: of the weights; "auto": as they are stored.
 
     Raises:
-        ValueError: where there is no such model; the message says why, in one line.
+        ValueError: where there is no such model, or it is no decoder; the message says why, in one line.
         MissingPackage: where the distribution, or what reads it, is not installed.
     """
     model, tokenizer = _load_embedded(dtype) if name is None else _from_pretrained(name, dtype)
@@ -192,10 +200,41 @@ def _from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+        with _loading(name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+    except ValueError:
+        load_config(name)  # where that is what is wrong, it says so best
+        raise
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a decoder, by a name on the Hugging Face hub, a local folder or a ``config.json``.
+
+    Raises:
+        ValueError: where there is no such config, or it is of another kind of model.
+    """
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name)
+    check_decoder(config)
+    return config
+
+
+def check_decoder(config: PreTrainedConfig) -> None:
+    """Refuse the config of a model that is no causal language model."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"model: got the encoder-decoder {config.model_type}; allowed: decoders")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model: got a {config.model_type}, which generates no text; allowed: decoders")
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a damaged file may fail anywhere in what reads it
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
 
 

@@ -1,10 +1,20 @@
 """Estimates against caches and models that really are."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    ViTConfig,
+)
 
 from kivicache import KIVICache, KIVIConfig
 from kivicache.__main__ import main
@@ -89,7 +99,7 @@ def test_the_largest_that_fits_fits_and_no_larger(fixed):
     found = estimate(LLAMA, KIVIConfig(nbits=2), context=1000, batch=3, gpu_memory=memory, fixed=fixed)
     one = estimate(LLAMA, KIVIConfig(nbits=2), context=1000, fixed=fixed)
     assert found.largest_batch * one.cache <= 30_000_000 < (found.largest_batch + 1) * one.cache
-    for extra, fits in ((0, True), (64, False)):  # blocks of 32: a token more may cost nothing
+    for extra, fits in ((0, True), (1, False)):
         context = found.largest_context + extra
         assert (
             estimate(LLAMA, KIVIConfig(nbits=2), context=context, batch=3, fixed=fixed).cache <= 30_000_000
@@ -97,6 +107,47 @@ def test_the_largest_that_fits_fits_and_no_larger(fixed):
     assert found.largest_context > 3 * found.largest_context_full_precision > 0
     none = estimate(LLAMA, context=10, gpu_memory=1000)
     assert none.largest_batch == none.largest_context == none.largest_context_full_precision == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"policy": "paper", "sink_length": 0}, {"layers": {0: {"group_size": 16}}}],
+    ids=["window", "paper", "by_layer"],
+)
+def test_every_context_up_to_the_longest_fits(settings):
+    """A cache is smaller behind a block that it packs: longer contexts may fit where shorter ones do not."""
+    cfg = KIVIConfig(**{"nbits": 2, "group_size": 8, "residual_length": 16, "sink_length": 4} | settings)
+    weights = estimate(LLAMA, context=1).weights
+    sizes = [estimate(LLAMA, cfg, context=context).cache for context in range(1, 100)]
+    rooms = [size - 1 for size, after in pairwise(sizes) if after < size]
+    assert rooms
+    for room in rooms[-3:]:
+        found = estimate(LLAMA, cfg, context=1, gpu_memory=weights + room).largest_context
+        assert found == next(i for i, size in enumerate(sizes) if size > room)
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [
+        ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        ("bitsandbytes", {"load_in_4bit": True}),
+        ("bitsandbytes", BitsAndBytesConfig(load_in_8bit=True)),
+        (None, None),
+    ],
+)
+def test_weights_that_are_stored_quantized_are_said_to_be(method, quantization):
+    config = LlamaConfig.from_dict(LLAMA.to_dict())
+    if quantization is not None:
+        config.quantization_config = quantization
+    found = estimate(config, context=100, gpu_memory=2**30)
+    plain = estimate(LLAMA, context=100, gpu_memory=2**30)
+    assert found.quantization == method and replace(found, quantization=None) == plain
+    (label, text), *rows = found.rows()
+    if method is None:
+        assert label == "weights" and found.rows() == plain.rows()
+    else:
+        assert label == "weights, unquantized" and text.endswith(f"({method} takes less)")
+        assert [text.startswith("at least ") for _, text in rows] == [False] * 2 + [True] * 4
 
 
 def test_command_line_on_a_local_config(tmp_path, capsys):
@@ -117,8 +168,19 @@ def test_what_cannot_be_estimated_says_so(tmp_path, capsys):
         estimate(tiny_model("mamba").config, context=10)
     with pytest.raises(ValueError, match="batch: got 0; allowed: a whole number from 1"):
         estimate(LLAMA, context=10, batch=0)
-    assert main(["estimate", "--model", str(tmp_path / "none"), "--context", "10"]) == 2
-    assert "cannot be found" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"context: got {10**20}; allowed: a whole number from 1 to {2**40}"):
+        estimate(LLAMA, context=10**20)
+    with pytest.raises(ValueError, match="model: got the encoder-decoder t5; allowed: decoders"):
+        estimate(T5Config(), context=10)
+    with pytest.raises(ValueError, match="model: got a vit, which generates no text; allowed: decoders"):
+        estimate(ViTConfig(), context=10)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    for model, said in (
+        ("none", "model '{}' cannot be loaded: "),
+        ("config.json", "'{}' cannot be loaded: Validation error for field 'hidden_size': TypeError: Field"),
+    ):
+        assert main(["estimate", "--model", str(tmp_path / model), "--context", "10"]) == 2
+        assert said.format(tmp_path / model) in capsys.readouterr().err
     for arguments in (["--context", "0"], ["--context", "9", "--gpu-memory", "no"]):
         with pytest.raises(SystemExit):
             main(["estimate", "--model", "x", *arguments])

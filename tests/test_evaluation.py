@@ -5,12 +5,13 @@ import io
 import json
 import re
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
 from rich.console import Console
 
-from kivicache import KIVIConfig
+from kivicache import KIVIConfig, evaluation_report
 from kivicache.__main__ import main
 from kivicache.evaluation import evaluate
 from kivicache.evaluation_report import render, report, write_csv
@@ -42,10 +43,10 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-def run(caches, tasks, **kwargs):
+def run(caches, tasks, model=None, **kwargs):
     steps = []
     results = evaluate(
-        tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: steps.append(step), **kwargs
+        model or tiny_llama(), word_tokenizer(), caches, tasks, on_progress=lambda *step: steps.append(step), **kwargs
     )
     return results, steps
 
@@ -72,6 +73,45 @@ def test_what_is_stored_is_not_measured_again(fidelity, tmp_path):
     assert run(CACHES[:2], [fidelity], store=store, limit=2)[0][0].records == first[0].records[:2]
     _, steps = run(CACHES[:1], [fidelity.replace("step=8", "step=4")], store=store)
     assert len(steps) == 4  # another step is another measurement
+
+
+def test_what_is_stored_of_settings_by_layer_is_not_measured_again(fidelity, tmp_path):
+    config, spec = KIVIConfig(layers={layer: {"nbits": 8} for layer in (2, 10)}), tmp_path / "mine.yaml"
+    config.to_yaml(spec)  # 2 stands before 10, but "10" before "2"
+    for _ in range(2):
+        _, steps = run([str(spec)], [fidelity], store=tmp_path / "records.jsonl", model=tiny_llama(layers=11))
+    assert steps == [(0, 0, "done")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "measured"),
+    [("torch", {"dynamic", "kivi:2:g8:hqq", "hf-fp8"}), ("hqq", {"kivi:2:g8:hqq"}), ("optimum-quanto", set())],
+)
+def test_what_is_stored_of_another_library_is_not_used(changed, measured, fidelity, tmp_path, monkeypatch):
+    pytest.importorskip("hqq")
+    caches, store = ["dynamic", "kivi:2:g8:hqq", "hf-fp8"], tmp_path / "records.jsonl"
+    run(caches, [fidelity], store=store, limit=1)
+    installed = metadata.version
+    if changed == "torch":
+        monkeypatch.setattr(torch, "__version__", "9")
+    monkeypatch.setattr(metadata, "version", lambda name: "9" if name == changed else installed(name))
+    _, steps = run(caches, [fidelity], store=store, limit=1)
+    assert {what for _, _, what in steps} == {f"fidelity {cache}" for cache in measured} | {"done"}
+
+
+def test_an_item_that_packs_nothing_tells_nothing_of_packed_values():
+    short, long = (run(["kivi:2", "kivi:16"], [f"passkey:lengths=[{n}],depths=1"])[0] for n in ("150", "700"))
+    both = run(["kivi:2", "kivi:16"], ["passkey:lengths=[150,700],depths=1"])[0]
+    assert [result.metrics["bits_per_packed_value"] for result in short] == [16, 16]
+    assert [result.metrics["bits_per_packed_value"] for result in both] == [3.5, 16]
+    assert both[0].metrics["bits_per_value"] == (16 + long[0].metrics["bits_per_value"]) / 2
+
+
+def test_a_store_that_is_no_text_is_named(fidelity, tmp_path):
+    store = tmp_path / "records.jsonl"
+    store.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"store: .*records\.jsonl: allowed: JSON lines in UTF-8"):
+        run(["dynamic"], [fidelity], store=store)
 
 
 def test_what_is_stored_of_another_model_is_not_used(fidelity, tmp_path):
@@ -153,6 +193,20 @@ def test_tables_and_files(fidelity, tmp_path):
     assert f"{results[2].metrics['perplexity']:.2f}" in shown
 
 
+def test_a_run_that_packs_nothing_says_so_and_still_has_a_picture(fidelity, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    results, _ = run(["dynamic", "kivi:2", "kivi:16"], [fidelity])  # 80 tokens, of which 160 stay exact
+    drawn = []
+    monkeypatch.setattr(evaluation_report, "save", lambda figure, path, **kwargs: drawn.append(figure) or path)
+    report(results, tmp_path, "tiny")
+    for axes in drawn[0].axes:
+        points = [tuple(point) for collection in axes.collections for point in collection.get_offsets().tolist()]
+        assert points == [(16, 0)] * 3 and {text.get_text() for text in axes.texts} >= {"dynamic", "kivi:2"}
+    console = Console(file=io.StringIO(), width=140)
+    render(results, console)
+    assert "No value takes less than 16 bits in kivi:2: the texts are no longer" in console.file.getvalue()
+
+
 def test_a_dataset_by_name_is_written_in_full(tmp_path):
     results, _ = run(["dynamic"], [PASSKEY])
     task = parse_task("longbench:data=owner/name/config")
@@ -166,7 +220,8 @@ def test_the_command_line(folder, fidelity, tmp_path, capsys, monkeypatch):
     call = ["eval", "--model", folder, "--cache", *CACHES[:3], "--task", fidelity, PASSKEY, "--out", str(tmp_path)]
     assert main([*call, "--limit", "2"]) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"\d of 12$", err, re.MULTILINE)  # lines, as this is no terminal
+    lines = re.findall(r"^.*\d of 12$", err, re.MULTILINE)  # as this is no terminal
+    assert lines[0] == "fidelity dynamic: 0 of 12" and lines[-1] == "done: 12 of 12"
     assert len(re.findall(r"kivi:2:g8:r8:s4", out)) == 2 and "ppl" in out
     assert str(tmp_path / "fidelity.csv") in out
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines() if line]

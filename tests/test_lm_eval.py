@@ -123,19 +123,34 @@ def test_a_local_task_and_what_its_results_say(local_task, monkeypatch):
     assert harness(nbits=2).get_model_info()["cache"]["nbits_key"] == 2
 
 
-def test_the_command_line_knows_the_model(local_task):
+def command_line(local_task, model_args):
     tiny_llama().save_pretrained(local_task / "model")
     word_tokenizer().save_pretrained(local_task / "model")
     environment = {"HF_DATASETS_CACHE": str(local_task / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    call = f"--model kivicache --device cpu --tasks words --model_args pretrained={local_task / 'model'},nbits=2"
-    done = subprocess.run(
+    call = f"--model kivicache --device cpu --tasks words --model_args pretrained={local_task / 'model'},{model_args}"
+    return subprocess.run(
         [sys.executable, "-m", "kivicache.lm_eval", *call.split(), "--include_path", str(local_task)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
     )
+
+
+def test_the_command_line_knows_the_model(local_task):
+    done = command_line(local_task, "nbits=2,rotation=null")
     assert done.returncode == 0, done.stderr
     assert "|words" in done.stdout and "nbits" in done.stdout
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(local_task):
+    done = command_line(local_task, "nbits=3")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "kivicache.lm_eval: error: nbits: got 3; allowed: 2, 4, 8, 16"
+
+
+@pytest.mark.parametrize("none", [None, "null", "None"])
+def test_no_rotation_may_be_asked_for(none):
+    assert harness(nbits=2, rotation=none).spec == harness(nbits=2).spec
 
 
 def test_an_answer_that_is_longer_than_the_model_reads_is_refused():
@@ -149,6 +164,8 @@ def test_an_answer_that_is_longer_than_the_model_reads_is_refused():
         ({"cache": "kivi:2", "nbits": 4}, "cache: got 'kivi:2' beside nbits"),
         ({"nbits": 3}, "nbits: got 3; allowed: 2, 4, 8, 16"),
         ({"step": 0}, "step: got 0"),
+        ({"cache": 5}, "cache: got '5'; allowed: dynamic, kivi"),
+        ({"cache": "hf-quanto:8"}, "cache 'hf-quanto:8'"),
     ],
 )
 def test_wrong_arguments_are_refused(given, said):

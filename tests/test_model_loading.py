@@ -131,3 +131,18 @@ def test_a_damaged_model_is_refused_in_one_line(file, content, tmp_path, capsys)
 def test_models_of_one_name_have_fingerprints_of_their_own():
     one, other = (tiny_llama(seed=seed) for seed in (0, 1))
     assert models.fingerprint(one) == models.fingerprint(one) != models.fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"model_type": "t5"}', "model: got the encoder-decoder t5; allowed: decoders"),
+        ('{"model_type": "vit"}', "model: got a vit, which generates no text; allowed: decoders"),
+        ("{}", "cannot be loaded: Unrecognized model in"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_in_one_line(config, said, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(config)
+    assert main(["demo", "--model", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and len(err) < 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -96,14 +97,18 @@ def parse_task(text: str) -> Task:
     Raises:
         ValueError: naming the task or its field, what was given and what is allowed.
     """
-    head, words, given = split_options(text)
+    head = re.split("[:,]", text, maxsplit=1)[0]
     if head not in TASKS:
         raise ValueError(f"task: got {head!r}; allowed: {', '.join(TASKS)}")
     allowed = [f.name for f in fields(TASKS[head])]  # type: ignore[arg-type]
-    for name in (*words, *given):
-        if name not in allowed or name in words:
-            raise ValueError(f"task {head}: got {name!r}; allowed: {', '.join(f'{name}=...' for name in allowed)}")
-    return TASKS[head](**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    try:
+        _, words, given = split_options(text)
+        for name in (*words, *given):
+            if name not in allowed or name in words:
+                raise ValueError(f"got {name!r}; allowed: {', '.join(f'{field}=...' for field in allowed)}")
+        return TASKS[head](**{name: tuple(one) if isinstance(one, list) else one for name, one in given.items()})
+    except ValueError as error:
+        raise ValueError(f"task {head}: {error}") from None
 
 
 def check_counts(task: Task, **least: int) -> None:
