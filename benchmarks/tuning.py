@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kivicache import KIVIConfig, __version__
 from kivicache.data import load_text
 from kivicache.evaluation_report import pyplot, save
-from kivicache.fidelity import spread_sequences
+from kivicache.fidelity import text_pieces
 from kivicache.files import replacing
 from kivicache.models import EMBEDDED, load_model
 from kivicache.objectives import CachedKL
@@ -37,8 +37,7 @@ Row = dict[str, Any]
 
 def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> CachedKL:
     """KL on a text that no search saw."""
-    tokens = torch.tensor(tokenizer(text).input_ids)
-    return CachedKL(model, spread_sequences(tokens, SEQUENCES, PREFILL + SCORED + 1), PREFILL, STEP)
+    return CachedKL(model, text_pieces(tokenizer, text, SEQUENCES, PREFILL + SCORED + 1), PREFILL, STEP)
 
 
 def uniform_rows(result: TuningResult, most: float, loss: CachedKL) -> list[Row]:

@@ -8,12 +8,11 @@ from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kivicache.config import KIVIConfig
-from kivicache.fidelity import spread_sequences
+from kivicache.fidelity import text_pieces
 from kivicache.models import MissingPackage, fingerprint
 from kivicache.objectives import CachedKL
 from kivicache.policy import packed_lengths
@@ -209,8 +208,7 @@ def calibration(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], settings: TuningSettings, sequences: int
 ) -> Tensor:
     """``[sequences, tokens]``: pieces evenly spread over the texts."""
-    tokens = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"])
-    return spread_sequences(tokens, sequences, settings.prefill + settings.scored + 1)
+    return text_pieces(tokenizer, "\n\n".join(texts), sequences, settings.prefill + settings.scored + 1)
 
 
 def _fewest_bits(fidelity: CachedKL, settings: TuningSettings) -> float:

@@ -15,7 +15,7 @@ from kivicache.fidelity import cache_argument
 from kivicache.objectives import CachedKL
 from kivicache.search import prune
 from kivicache.tuning_report import front, plot_front, plot_sensitivity, render_tuning, tuned_choices
-from tests.tiny import VOCAB, tiny_llama, word_tokenizer
+from tests.tiny import VOCAB, bos_tokenizer, tiny_llama, word_tokenizer
 
 BASE = KIVIConfig(residual_length=16, sink_length=4, backend="mse")
 SMALL = {
@@ -135,6 +135,15 @@ def test_a_study_of_other_losses_is_not_resumed(tmp_path, name, change):
     run(**given)
     with pytest.raises(ValueError, match=rf"{name}: got .*; allowed: .*, as in the study that is resumed"):
         run(**given | change(), resume=True)
+
+
+def test_calibration_begins_each_piece_as_the_tokenizer_begins_a_text():
+    settings = tuning.TuningSettings(6.0, prefill=400)
+    plain, begun = (
+        tuning.calibration(tokenizer, [words(3000)], settings, 3) for tokenizer in (word_tokenizer(), bos_tokenizer())
+    )
+    assert plain.shape == begun.shape == (3, 425)
+    assert begun[:, 0].tolist() == [1, 1, 1] and (begun[:, 1:] > 1).all() and (plain > 1).all()
 
 
 def test_what_is_refused_leaves_no_study_behind(tmp_path):
