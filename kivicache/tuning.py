@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kivicache import __version__
 from kivicache.config import KIVIConfig
 from kivicache.fidelity import text_pieces
 from kivicache.models import MissingPackage, fingerprint
@@ -267,9 +269,12 @@ def _origin(
     named = getattr(objective, "name", getattr(objective, "__qualname__", type(objective).__qualname__))
     return {name: str(value) for name, value in asdict(replace(settings, trials=1, seed=0)).items()} | {
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "model": f"{model.name_or_path} with weights {fingerprint(model)}",
         "texts": f"tokens {sha256(tokens.numpy().tobytes()).hexdigest()[:16]}",
         "objective": "KL to full precision" if objective is None else named,
+        **{package: version(package) for package in ("torch", "transformers", "scikit-learn")},
+        "kivicache": __version__,
     }
 
 

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_a_study_of_other_losses_is_not_resumed(tmp_path, name, change):
     run(**given)
     with pytest.raises(ValueError, match=rf"{name}: got .*; allowed: .*, as in the study that is resumed"):
         run(**given | change(), resume=True)
+
+
+@pytest.mark.parametrize("name", ["kivicache", "torch", "transformers", "scikit-learn"])
+def test_a_study_of_other_versions_is_not_resumed(tmp_path, monkeypatch, name):
+    given = {"texts": [words(300)], "objective": Counted(), "storage": str(tmp_path / "journal"), "trials": 1}
+    run(**given)
+    monkeypatch.setattr(tuning, "__version__", "0.0.1" if name == "kivicache" else kivicache.__version__)
+    monkeypatch.setattr(tuning, "version", lambda package: "0.0.1" if package == name else version(package))
+    with pytest.raises(ValueError, match=rf"{name}: got 0.0.1; allowed: \d.*, as in the study that is resumed"):
+        run(**given, resume=True)
 
 
 def test_calibration_begins_each_piece_as_the_tokenizer_begins_a_text():
