@@ -38,13 +38,13 @@ class TuningSettings:
     Attributes:
         budget: true bits per packed value, scales and minima included, at the most.
         trials: settings that the search tries.
-        base: every setting that the search does not choose.
+        base: every setting that the search does not choose: all but bits, group sizes and rotations.
         group_sizes, rotations: those that a layer may choose.
         per_head: choose for every kv head. Heads choose bits alone; their layer's group size and rotation stay those
-            of ``base``.
+            of ``base``, such as the result of a search by layer, whose bits are chosen anew.
         groups: about as many groups of layers or heads share a choice.
         sequences, prefill, scored: pieces of text, tokens of each that are prefilled, and tokens scored behind them.
-        profiled: as many pieces are enough to profile the layers, which takes most of the time.
+        profiled: as many pieces at most profile the layers, which takes most of the time.
         seed: of the search.
     """
 
@@ -75,14 +75,43 @@ class TuningSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: at least one {field}")
             for value in getattr(self, name):
                 KIVIConfig.from_dict({field: value})
+        self._check_base()
         self._check_prefill()
+
+    def _check_base(self) -> None:
+        """Refuse what the search would replace without a word."""
+        replaced = () if self.per_head else ("nbits_key", "nbits_value", "group_size", "rotation")
+        for layer_idx, own in self.base.layers.items():
+            for name in replaced:
+                if name in own:
+                    raise ValueError(
+                        f"base: got layers[{layer_idx}].{name}; allowed: layers without {', '.join(replaced)}, which "
+                        "the search chooses"
+                    )
+        if self.base.heads:
+            raise ValueError(
+                f"base: got heads of layers {sorted(self.base.heads)}; allowed: none, as the search chooses all bits"
+            )
+        for name, searched in (("group_size", self.group_sizes), ("rotation", self.rotations)):
+            value = getattr(self.base, name)
+            if name in replaced and value not in (getattr(DEFAULT_BASE, name), *searched):
+                raise ValueError(
+                    f"base: got {name} {value!r}; allowed: {', '.join(map(repr, searched))}, which are searched"
+                )
 
     def _check_prefill(self) -> None:
         """What packs nothing costs no bits and no loss: the search would take it for the best."""
         others = max(self.base.layers, default=-1) + 1  # stands for every layer without settings of its own
         for layer in map(self.base.layer, (*self.base.layers, others)):
             for choice in (*self.candidates(), *self.uniform()):
-                if 0 in packed_lengths(replace(layer, **choice.settings), self.prefill):
+                try:
+                    packed = packed_lengths(replace(layer, **choice.settings), self.prefill)
+                except ValueError as error:
+                    raise ValueError(
+                        f"group_sizes: got {choice.group_size}; allowed: what base's other settings let {choice} "
+                        f"have; {error}"
+                    ) from error
+                if 0 in packed:
                     raise ValueError(
                         f"prefill: got {self.prefill}; allowed: more tokens, as {choice} packs none of so few beside "
                         f"{layer.sink_length} sinks and a residual of {layer.residual_length}"

@@ -68,12 +68,9 @@ def test_the_result_keeps_the_budget_in_a_real_cache_and_its_loss_is_true(per_he
     assert len(tuned_choices(result)) == (6 if per_head else 3)
 
 
-def test_losses_of_one_unit_alone_do_not_depend_on_the_bases_own_layers():
-    texts, base = (
-        [words(300)],
-        KIVIConfig.from_dict(BASE.to_dict() | {"layers": {0: {"nbits": 2}}, "heads": {1: {0: 2}}}),
-    )
-    profiles = [run(texts=texts, base=own, trials=1).measured.profile for own in (BASE, base)]
+def test_losses_of_one_unit_alone_do_not_depend_on_the_bases_own_bits():
+    texts, base = [words(300)], KIVIConfig.from_dict(BASE.to_dict() | {"layers": {0: {"nbits": 2}}})
+    profiles = [run(texts=texts, base=own, trials=1, per_head=True).measured.profile for own in (BASE, base)]
     assert profiles[0] == profiles[1]
 
 
@@ -222,6 +219,19 @@ def test_two_worker_processes_share_one_study(tmp_path):
         ({"rotations": ("givens",)}, "rotation: got 'givens'; allowed: None, 'hadamard'"),
         ({"group_sizes": (8, 128)}, "prefill: got 84; allowed: more tokens, as K2V2 g128 packs none"),
         ({"base": KIVIConfig(layers={1: {"residual_length": 80}})}, "beside 32 sinks and a residual of 80"),
+        ({"base": KIVIConfig(layers={1: {"nbits": 8}})}, r"base: got layers\[1\].nbits_key; allowed: layers without"),
+        ({"base": KIVIConfig(layers={1: {"rotation": None}})}, r"base: got layers\[1\].rotation; allowed"),
+        ({"base": KIVIConfig(heads={1: {0: 8}})}, r"base: got heads of layers \[1\]; allowed: none"),
+        ({"base": KIVIConfig(heads={1: {0: 8}}), "per_head": True}, "base: got heads of layers"),
+        ({"base": KIVIConfig(group_size=64)}, r"base: got group_size 64; allowed: 8, 16, which are searched"),
+        (
+            {"base": KIVIConfig(rotation="hadamard"), "rotations": (None,)},
+            "base: got rotation 'hadamard'; allowed: None",
+        ),
+        (
+            {"base": KIVIConfig.paper(2), "group_sizes": (8, 256), "prefill": 200},
+            "group_sizes: got 256; allowed: what base's other settings let K2V2 g256 have; residual_length: got 128",
+        ),
         ({"seed": -1}, "seed: got -1; allowed: a whole number from 0"),
         ({"bits": 3}, "bits: unknown setting; allowed: budget, trials"),
         ({"sequences": 50}, "text: got 300 tokens; allowed: at least 4650"),
