@@ -6,13 +6,16 @@ Everything here is arithmetic on a [`Profile`] and a loss that the caller brings
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit
 
 if TYPE_CHECKING:
+    from optuna.storages import JournalStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
@@ -229,14 +232,12 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
             cannot be opened.
     """
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place: Any = storage
     try:
         if storage is not None and "://" not in storage:
-            place = JournalStorage(JournalFileBackend(storage))
+            place = _journal(storage)
         study = optuna.create_study(
             storage=place, study_name=name, directions=["minimize", "minimize"], load_if_exists=resume
         )
@@ -250,6 +251,24 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
         seed = (seed + 1000 * len(study.trials)) % 2**32  # what is resumed would else suggest the same once more
     study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     return study
+
+
+def _journal(path: str) -> JournalStorage:
+    """A journal file, less a last line that a killed process left half: what is appended would be lost with it."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    backend, lock = JournalFileBackend(path), JournalFileSymlinkLock(path)
+    lock.acquire()  # or it might be the line that another process is about to write
+    try:
+        text = Path(path).read_bytes()
+        if not b'{"op_code"'.startswith(text[:10]):
+            raise ValueError("it is no journal of optuna's")
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+    return JournalStorage(backend)
 
 
 def _suggest(trial: Trial, index: int, group: Group) -> Choice:

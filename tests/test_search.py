@@ -197,6 +197,31 @@ def test_a_study_goes_on_only_where_it_is_resumed(tmp_path):
     assert len([trial for trial in resumed.trials if trial.values]) == 9
 
 
+def finished(study):
+    return [trial for trial in study.trials if trial.values]
+
+
+@pytest.mark.parametrize("killed_at", [-1, -20])
+def test_a_line_that_a_killed_process_left_half_is_dropped(tmp_path, killed_at):
+    groups, path = random_groups(3), tmp_path / "trials.journal"
+    budget = middle(groups)
+    search(open_study(str(path), "mine", 0, resume=False), groups, lambda _: random.random(), budget, trials=3)
+    path.write_bytes(path.read_bytes()[:killed_at])
+    resumed = open_study(str(path), "mine", 1, resume=True)
+    assert len(finished(resumed)) == 2  # the last line was that of the last trial's end
+    search(resumed, groups, lambda _: random.random(), budget, trials=5)
+    assert len(finished(open_study(str(path), "mine", 2, resume=True))) == 5
+
+
+@pytest.mark.parametrize("text", ["half a line", "other\nlines\n"])
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"storage: .*notes.txt cannot be opened: it is no journal of optuna's"):
+        open_study(str(path), "mine", 0, resume=True)
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+
+
 def test_the_seeds_that_a_stop_left_out_are_tried_when_it_goes_on(tmp_path):
     groups, storage = random_groups(9), str(tmp_path / "trials.journal")
     budget, calls = average_bits(groups, fewest(groups)) + 1, []
