@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 import kivicache
-from kivicache import KIVICache, KIVIConfig, tuning
+from kivicache import KIVICache, KIVIConfig, sensitivity, tuning
 from kivicache.__main__ import main
 from kivicache.fidelity import cache_argument
 from kivicache.objectives import CachedKL
-from kivicache.search import prune
+from kivicache.search import open_study
 from kivicache.tuning_report import front, plot_front, plot_sensitivity, render_tuning, tuned_choices
 from tests.tiny import VOCAB, bos_tokenizer, tiny_llama, word_tokenizer
 
@@ -74,11 +74,48 @@ def test_losses_of_one_unit_alone_do_not_depend_on_the_bases_own_bits():
     assert profiles[0] == profiles[1]
 
 
-def test_no_uniform_setting_of_its_bits_is_better():
-    result = run(trials=40, rotations=(None,))  # K2V2 in the larger groups is then on every front
-    fronts = [{str(choice) for choice in front} for front in prune(result.measured.profile).values()]
-    tried = [p for p in result.measured.uniform if p.bits <= 6.0 and all(p.label in front for front in fronts)]
-    assert tried and result.best.loss <= min(point.loss for point in tried)
+class Favourite:
+    """A loss that wants bits and, far more, one value of a field."""
+
+    def __init__(self, name, value):
+        self.field, self.value = name, value
+
+    def __call__(self, config):
+        layers = list(map(config.layer, range(3)))
+        bits = sum(layer.nbits_key + layer.nbits_value for layer in layers)
+        return 100 - bits + 100 * sum(getattr(layer, self.field) != self.value for layer in layers)
+
+
+@pytest.mark.parametrize("trials", [1, 12])
+@pytest.mark.parametrize("rotation", [None, "hadamard"])
+def test_of_equal_bits_the_objective_decides(rotation, trials):
+    result = run(objective=Favourite("rotation", rotation), group_sizes=(8,), trials=trials)  # K2V2 alone fits
+    assert [result.config.layer(i).rotation for i in range(3)] == [rotation] * 3
+    assert result.best.loss == 100 - 3 * 4 == min(p.loss for p in result.measured.uniform if p.bits <= 6.0)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_no_uniform_setting_under_the_budget_is_better(per_head, capsys):
+    result = run(objective=Favourite("group_size", 16), per_head=per_head)  # heads keep the base's 32
+    assert result.best.loss <= min(p.loss for p in result.measured.uniform if p.bits <= 6.0)
+    assert result.config.layer(0).group_size == 16 and result.best.bits <= 6.0
+    render_tuning(result, Console(width=120, highlight=False, markup=False))
+    assert "tuned  " in capsys.readouterr().out
+
+
+def test_a_uniform_setting_keeps_what_the_base_says_of_a_layer():
+    base = KIVIConfig.from_dict(BASE.to_dict() | {"layers": {1: {"residual_length": 32}}})
+    result = run(base=base, objective=Favourite("group_size", 16), per_head=True)
+    assert [result.config.layer(i).residual_length for i in range(3)] == [16, 32, 16]
+
+
+def test_trials_are_different_settings(capsys):
+    loss = Counted()
+    result = run(objective=loss, trials=60, rotations=(None,), group_sizes=(8,), budget=6.5)
+    assert len({point.bits for point in result.trials}) < len(result.trials) < 60  # there are no more that fit
+    render_tuning(result, Console(width=120, highlight=False, markup=False))
+    assert f"different settings tried: {len(result.trials)}" in capsys.readouterr().out
+    assert len(loss.asked) - len(set(loss.asked)) <= len(result.measured.uniform)  # seen uniform and in the search
 
 
 def test_any_callable_is_an_objective():
@@ -109,6 +146,48 @@ def test_resume_goes_on_and_repeats_nothing(tmp_path):
     more = run(texts=texts, storage=storage, objective=loss, trials=9, resume=True)
     assert asked <= len(loss.asked) <= asked + 4
     assert len(more.trials) == 9 and more.best.loss <= first.best.loss
+
+
+def test_a_profile_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    texts, storage, whole, measured = [words(300)], str(tmp_path / "journal"), Counted(), []
+    run(texts=texts, objective=whole, trials=1)
+
+    class Interrupted(Counted):
+        __qualname__ = "Counted"
+
+        def __call__(self, config):
+            if len(self.asked) == len(whole.asked) - 10:  # among the last layer's losses
+                raise KeyboardInterrupt
+            return super().__call__(config)
+
+    def errors_measured(fidelity, layer_idx, *given):
+        measured.append(layer_idx)
+        return errors(fidelity, layer_idx, *given)
+
+    def stop_at_two_layers(stage, done, total, note):
+        if (stage, done) == ("errors by layer", 2):
+            raise KeyboardInterrupt
+
+    errors = sensitivity._layer_errors
+    monkeypatch.setattr(sensitivity, "_layer_errors", errors_measured)
+    loss, interrupted = Counted(), Interrupted()
+    for options in ({"on_progress": stop_at_two_layers}, {"objective": interrupted, "resume": True}):
+        with pytest.raises(KeyboardInterrupt):
+            run(texts=texts, storage=storage, trials=1, **{"objective": loss} | options)
+    run(texts=texts, storage=storage, trials=1, objective=loss, resume=True)
+    assert measured == [0, 1, 2]
+    assert len(loss.asked) < len(whole.asked) / 2  # of the losses, one layer's were lost
+    assert set(interrupted.asked + loss.asked) == set(whole.asked)
+
+
+def test_of_two_workers_that_measure_the_same_the_later_takes_the_earlier_ones():
+    study = open_study(None, "study", 0, resume=False)
+
+    def measure():
+        study.set_user_attr("losses", [1.0])  # another worker's, meanwhile
+        return [2.0]
+
+    assert [tuning._kept(study, "losses", measure) for _ in range(2)] == [[1.0], [1.0]]
 
 
 @pytest.mark.parametrize(("name", "value"), [("budget", 5.5), ("per_head", True), ("prefill", 60)])
