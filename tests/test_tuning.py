@@ -370,6 +370,9 @@ def test_command_from_end_to_end(folder, capsys):
     output, progress = capsys.readouterr()
     assert "tuned" in output and "taken: " in output
     assert "errors by layer: 0 of 2" in progress  # lines, as this is no terminal
+    assert (
+        "uniform settings: 9 of 9" in progress and "search: 1 of 1 no other setting fits" in progress
+    )  # the ends at least
     config = KIVIConfig.from_yaml(folder / "best.yaml")
     assert set(config.layers) == {0, 1} and config.sink_length == 4
     for name in ("front", "sensitivity"):
@@ -386,6 +389,8 @@ def test_command_from_end_to_end(folder, capsys):
         (["--text", "nowhere.txt"], "--text: nowhere.txt: no such file"),
         (["--task", "fidelity"], "task: got 'fidelity'; allowed: a task with right answers"),
         (["--group-sizes", "0"], "group_size: got 0"),
+        (["--prefill", "20"], "prefill: got 20; allowed: more tokens"),
+        (["--sequences", "30"], "text: got 6500 tokens; allowed: at least 16110"),
         (["--config", "nowhere.yaml"], "--config: nowhere.yaml"),
         (["--out", "."], "--out: got .; allowed: a file in a folder that there is"),
         (["--out", "nowhere/best.yaml"], "--out: got nowhere/best.yaml; allowed: a file in a folder"),
