@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kivicache import KIVIConfig, __version__
 from kivicache.data import load_text
 from kivicache.evaluation_report import pyplot, save
-from kivicache.fidelity import spread_sequences
+from kivicache.fidelity import text_pieces
 from kivicache.files import replacing
 from kivicache.models import EMBEDDED, load_model
 from kivicache.objectives import CachedKL
@@ -37,8 +37,7 @@ Row = dict[str, Any]
 
 def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> CachedKL:
     """KL on a text that no search saw."""
-    tokens = torch.tensor(tokenizer(text).input_ids)
-    return CachedKL(model, spread_sequences(tokens, SEQUENCES, PREFILL + SCORED + 1), PREFILL, STEP)
+    return CachedKL(model, text_pieces(tokenizer, text, SEQUENCES, PREFILL + SCORED + 1), PREFILL, STEP)
 
 
 def uniform_rows(result: TuningResult, most: float, loss: CachedKL) -> list[Row]:
@@ -56,6 +55,10 @@ def row(setting: str, bits: float, kl: float) -> Row:
     made = {"setting": setting, "bits": f"{bits:.3f}", "kl": f"{kl:.5f}"}
     print("  ".join(f"{name} {value}" for name, value in made.items()), flush=True)
     return made
+
+
+def tuned_row(setting: str, found: TuningResult, loss: CachedKL) -> Row:
+    return row(setting, found.best.bits, loss(found.config)) | {"trials": len(found.trials)}
 
 
 def beside_uniform(tuned: Row, uniform: list[Row]) -> Row:
@@ -126,14 +129,14 @@ def main() -> None:
         found = run(model, tokenizer, texts, budget=budget, study_name=f"b{budget}", measured=measured, **common)
         seconds, measured, results[budget] = time.perf_counter() - start, found.measured, found
         found.config.to_yaml(RESULTS / f"smollm2-{budget:g}bit.yaml")
-        tuned.append(row(f"tuned {budget:g}", found.best.bits, loss(found.config)) | {"seconds": f"{seconds:.0f}"})
+        tuned.append(tuned_row(f"tuned {budget:g}", found, loss) | {"seconds": f"{seconds:.0f}"})
         if not uniform:
             uniform = uniform_rows(found, max(args.budgets), loss)
     if args.per_head is not None:
         options: Row = {"base": results[args.per_head].config, "per_head": True, "budget": args.per_head}
         found = run(model, tokenizer, texts, study_name=f"h{args.per_head}", **common, **options)
         found.config.to_yaml(RESULTS / f"smollm2-{args.per_head:g}bit-heads.yaml")
-        tuned.append(row(f"tuned {args.per_head:g} per head", found.best.bits, loss(found.config)))
+        tuned.append(tuned_row(f"tuned {args.per_head:g} per head", found, loss))
     tuned = [one | beside_uniform(one, uniform) for one in tuned]
     write(
         [*sorted(tuned, key=lambda r: float(r["bits"])), *uniform], RESULTS / "tuning.csv", args.text, found.settings

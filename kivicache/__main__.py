@@ -258,12 +258,16 @@ def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
     parser.add_argument("--trials", type=_positive, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--config", metavar="FILE", help="what the search does not choose, as YAML (default: mse)")
+    parser.add_argument("--config", metavar="FILE", help="the base: what the search leaves alone (default: mse)")
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
     rotations = [choice or "none" for choice in CHOICES["rotation"]]
     parser.add_argument("--rotations", nargs="+", choices=rotations, default=rotations, help="default: all")
     parser.add_argument("--groups", type=_positive, default=12, metavar="N", help="of layers that choose alike (12)")
     parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
+    parser.add_argument("--sequences", type=_positive, default=12, metavar="N", help="pieces of the text (12)")
+    parser.add_argument(
+        "--prefill", type=_positive, default=512, metavar="N", help="tokens of each that are packed (512)"
+    )
     parser.add_argument("--task", metavar="TASK", help="minimize its errors, not KL: gsm8k:data=FILE,limit=20")
     parser.add_argument("--storage", metavar="FILE|URL", help="journal or optuna database (default: OUT.journal)")
     parser.add_argument("--study", default="kivicache", metavar="NAME", help="in the storage; default: %(default)s")
@@ -289,6 +293,8 @@ def _tune(args: argparse.Namespace) -> int:
         "rotations": tuple(None if name == "none" else name for name in args.rotations),
         "per_head": args.per_head,
         "groups": args.groups,
+        "sequences": args.sequences,
+        "prefill": args.prefill,
         "seed": args.seed,
     }
     if args.out.is_dir() or not args.out.parent.is_dir():

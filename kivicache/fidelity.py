@@ -12,7 +12,28 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedTokenizerBase
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, text: str, pieces: int, length: int) -> Tensor:
+    """``[pieces, length]``: pieces evenly spread over a text, each behind what the tokenizer begins a text with.
+
+    That is a BOS token for most models, which attend to it as their sink and fail without it.
+
+    Raises:
+        ValueError: where the text is too short.
+    """
+    begin = torch.tensor(_beginning(tokenizer), dtype=torch.long)
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+    own = spread_sequences(tokens, pieces, length - len(begin))
+    return torch.cat([begin.expand(pieces, -1), own], dim=1)
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that come before the first one of any text."""
+    whole, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, 0)]
 
 
 def spread_sequences(tokens: Tensor, sequences: int, length: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kivicache.config import KIVIConfig, LayerConfig
 from kivicache.evaluation import evaluate
 from kivicache.fidelity import cache_argument, fed_log_probs, kl_divergence
 from kivicache.layer import KIVILayer
-from kivicache.tasks import Task
+from kivicache.tasks import Subject, Task
 
 # Packed layers that a CachedKL keeps at the most, on average per layer.
 _KEPT_PER_LAYER = 32
@@ -85,6 +86,8 @@ def read_states(layer: Any) -> tuple[Tensor, Tensor]:
 class TaskErrors:
     """The part of a task, GSM8K for one, that the model fails: 1 minus the task's first metric.
 
+    Its ``name`` holds a digest of what is asked, so that a study is not resumed with other questions.
+
     Raises:
         ValueError: where the task compares with full precision instead of counting right answers, or its data cannot
             be asked.
@@ -94,7 +97,9 @@ class TaskErrors:
         if task.needs_exact:
             raise ValueError(f"task: got {task.label!r}; allowed: a task with right answers, such as gsm8k:data=FILE")
         evaluate(model, tokenizer, [], [task])  # says now what is wrong with the task's data
-        self.model, self.tokenizer, self.task, self.name = model, tokenizer, task, str(task)
+        digests = "".join(item.digest for item in task.items(Subject(model, tokenizer)))
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.name = f"{task} with items {sha256(digests.encode()).hexdigest()[:16]}"
 
     def __call__(self, config: KIVIConfig) -> float:
         spec = CacheSpec("candidate", "kivi", config.to_dict())

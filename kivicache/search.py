@@ -6,19 +6,22 @@ Everything here is arithmetic on a [`Profile`] and a loss that the caller brings
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit
 
 if TYPE_CHECKING:
+    from optuna.storages import JournalStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
 Assignment = dict[Unit, Choice]
 POPULATION = 20
-_EPSILON = 1e-9  # bits: sums of floats are not exact
+EPSILON = 1e-9  # bits: sums of floats are not exact
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,16 @@ class Group:
     loss: Mapping[Choice, float]
 
 
-def prune(profile: Profile, measure: str = "e_o") -> Profile:
-    """Keep each unit's Pareto front of true bits against ``measure``: what none beats in both; of equals, one."""
-    return {unit: _front(costs, measure) for unit, costs in profile.items()}
+def prune(profile: Profile, measure: str = "e_o", always: Collection[Choice] = ()) -> Profile:
+    """Keep each unit's Pareto front of true bits against ``measure``: what none beats in both; of equals, one.
+
+    Args:
+        always: kept beside it, whatever its errors.
+    """
+    return {
+        unit: _front(costs, measure) | {choice: costs[choice] for choice in always if choice in costs}
+        for unit, costs in profile.items()
+    }
 
 
 def _front(costs: Mapping[Choice, Sensitivity], measure: str) -> dict[Choice, Sensitivity]:
@@ -104,18 +114,18 @@ def filled(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> 
     """
     now = list(chosen)
     while True:
-        room = budget - average_bits(groups, now) + _EPSILON
+        room = budget - average_bits(groups, now) + EPSILON
         gains = [change for change in _changes(groups, now) if change.less_loss > 0 and change.bits <= room]
         if not gains:
             return tuple(now)
-        best = max(gains, key=lambda change: change.less_loss / max(change.bits, _EPSILON))
+        best = max(gains, key=lambda change: change.less_loss / max(change.bits, EPSILON))
         now[best.index] = best.choice
 
 
 def repaired(groups: Sequence[Group], chosen: Sequence[Choice], budget: float) -> tuple[Choice, ...]:
     """``chosen`` with fewer bits, each time where a bit less costs least, until it fits under the budget."""
     now = list(chosen)
-    while average_bits(groups, now) > budget + _EPSILON:
+    while average_bits(groups, now) > budget + EPSILON:
         savings = [change for change in _changes(groups, now) if change.bits < 0]
         best = min(savings, key=lambda change: change.less_loss / change.bits)
         now[best.index] = best.choice
@@ -145,10 +155,31 @@ def seeds(groups: Sequence[Group], budget: float) -> list[tuple[Choice, ...]]:
     those uniform settings themselves."""
     everywhere = set.intersection(*(set(group.bits) for group in groups))
     uniform = [(choice,) * len(groups) for choice in sorted(everywhere, key=str)]
-    fitting = [chosen for chosen in uniform if average_bits(groups, chosen) <= budget + _EPSILON]
+    fitting = [chosen for chosen in uniform if average_bits(groups, chosen) <= budget + EPSILON]
     most = [max(group.bits, key=lambda choice: (group.bits[choice], -group.loss[choice])) for group in groups]
     up = [filled(groups, chosen, budget) for chosen in (fewest(groups), *fitting)]
     return list(dict.fromkeys([up[0], repaired(groups, most, budget), *up[1:], *fitting]))
+
+
+def unseen(
+    groups: Sequence[Group], chosen: Sequence[Choice], seen: Collection[tuple[Choice, ...]], budget: float
+) -> tuple[Choice, ...] | None:
+    """``chosen``, or where it is among ``seen`` a setting that is not: its best neighbour, or else one of another's.
+
+    A neighbour has another choice for one group, and is repaired. So any setting comes down to the fewest bits from
+    neighbour to neighbour, and None says that all that fit under the budget have been seen.
+    """
+    chosen = tuple(chosen)
+    if chosen not in seen:
+        return chosen
+    for start in (chosen, *seen):
+        neighbours = {
+            repaired(groups, [*start[: change.index], change.choice, *start[change.index + 1 :]], budget): None
+            for change in _changes(groups, start)
+        }
+        if fresh := [neighbour for neighbour in neighbours if neighbour not in seen]:
+            return min(fresh, key=lambda own: sum(g.loss[c] for g, c in zip(groups, own, strict=True)))
+    return None
 
 
 def search(
@@ -159,10 +190,11 @@ def search(
     trials: int,
     on_trial: Callable[[int, float], object] = lambda done, best: None,
 ) -> None:
-    """Run trials until the study, which other processes may work on too, has ``trials`` finished ones.
+    """Measure settings until the study, which other processes may work on too, has ``trials`` different ones.
 
-    What NSGA-II suggests over the budget is repaired before it is measured, and nothing is measured twice. What was
-    measured, each group's choice and the mean bits, stands in the trial's user attributes.
+    What NSGA-II suggests over the budget is repaired, and what has been measured makes way for a neighbour. Either
+    becomes a trial of its own, so that the next generation descends from what was measured. The search ends early
+    where all settings under the budget have been measured.
 
     Raises:
         ValueError: where even the fewest bits are over the budget, or a loss is no finite number.
@@ -170,33 +202,44 @@ def search(
     from optuna.trial import TrialState
 
     check_budget(budget, average_bits(groups, fewest(groups)))
-
-    def finished() -> list[FrozenTrial]:
-        return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-    def objective(trial: Trial) -> tuple[float, float]:
-        chosen = repaired(groups, [_suggest(trial, i, group) for i, group in enumerate(groups)], budget)
-        names, bits = [str(choice) for choice in chosen], average_bits(groups, chosen)
-        trial.set_user_attr("chosen", names)
-        known = (other.values[0] for other in finished() if other.user_attrs["chosen"] == names)
-        measured = next(known, None)
-        return finite(loss(expand(groups, chosen))) if measured is None else measured, bits
-
     # what a run had begun when it was stopped has failed, or seems to run for ever: it is tried again
     there = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.WAITING))
-    queued = [trial.user_attrs.get("chosen") for trial in there]
+    queued = [trial.system_attrs.get("fixed_params") for trial in there]
     for chosen in seeds(groups, budget):
-        names = [str(choice) for choice in chosen]
-        if names not in queued:
-            study.enqueue_trial({_name(i): name for i, name in enumerate(names)}, user_attrs={"chosen": names})
-    while len(finished()) < trials:
-        study.optimize(objective, n_trials=1)
-        on_trial(len(finished()), min(trial.values[0] for trial in finished()))
+        if _params(chosen) not in queued:
+            study.enqueue_trial(_params(chosen))
+    while len(done := tried(study)) < trials:
+        trial = study.ask()
+        suggested = tuple(_suggest(trial, index, group) for index, group in enumerate(groups))
+        seen = dict.fromkeys(_chosen(groups, names) for names in done)
+        fresh = unseen(groups, repaired(groups, suggested, budget), seen, budget)
+        if fresh != suggested:
+            study.tell(trial, state=TrialState.FAIL)
+            if fresh is None:
+                return
+            study.enqueue_trial(_params(fresh))
+            continue
+        assignment = expand(groups, fresh)
+        trial.set_user_attr("choices", [str(choice) for choice in assignment.values()])
+        study.tell(trial, (finite(loss(assignment)), average_bits(groups, fresh)))
+        done = tried(study)
+        on_trial(len(done), min(own.values[0] for own in done.values()))
+
+
+def tried(study: Study) -> dict[tuple[str, ...], FrozenTrial]:
+    """Every setting that was measured, as its units' choices, and its trial.
+
+    Each unit's, as groups are a matter of how the search was set up.
+    """
+    from optuna.trial import TrialState
+
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {tuple(trial.user_attrs["choices"]): trial for trial in finished}
 
 
 def check_budget(budget: float, least: float) -> None:
     """Refuse a budget below the fewest true bits that there are."""
-    if least > budget + _EPSILON:
+    if least > budget + EPSILON:
         raise ValueError(f"budget: got {budget}; allowed: at least {least:.3f}, the fewest true bits per value")
 
 
@@ -208,15 +251,16 @@ def finite(loss: float) -> float:
 
 
 def expand(groups: Sequence[Group], chosen: Sequence[Choice]) -> Assignment:
-    """Every unit's choice."""
-    return {unit: choice for group, choice in zip(groups, chosen, strict=True) for unit in group.units}
+    """Every unit's choice, in the order of the units."""
+    of_unit = {unit: choice for group, choice in zip(groups, chosen, strict=True) for unit in group.units}
+    return {unit: of_unit[unit] for unit in _units(groups)}
 
 
-def best_of(study: Study, groups: Sequence[Group]) -> tuple[list[Choice], float]:
-    """Each group's choice in the finished trial of least loss, and that loss."""
-    best = min((trial for trial in study.get_trials(deepcopy=False) if trial.values), key=lambda trial: trial.values)
-    names = best.user_attrs["chosen"]
-    return [{str(c): c for c in group.bits}[name] for group, name in zip(groups, names, strict=True)], best.values[0]
+def best_of(study: Study, groups: Sequence[Group]) -> tuple[Assignment, float, float]:
+    """The setting of least loss that was tried: every unit's choice, the loss, and the bits."""
+    names, trial = min(tried(study).items(), key=lambda item: item[1].values)
+    by_name = {str(choice): choice for group in groups for choice in group.bits}
+    return dict(zip(_units(groups), map(by_name.__getitem__, names), strict=True)), *trial.values
 
 
 def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -> Study:
@@ -229,14 +273,12 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
             cannot be opened.
     """
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place: Any = storage
     try:
         if storage is not None and "://" not in storage:
-            place = JournalStorage(JournalFileBackend(storage))
+            place = _journal(storage)
         study = optuna.create_study(
             storage=place, study_name=name, directions=["minimize", "minimize"], load_if_exists=resume
         )
@@ -252,9 +294,41 @@ def open_study(storage: str | None, name: str, seed: int | None, resume: bool) -
     return study
 
 
+def _journal(path: str) -> JournalStorage:
+    """A journal file, less a last line that a killed process left half: what is appended would be lost with it."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    backend, lock = JournalFileBackend(path), JournalFileSymlinkLock(path)
+    lock.acquire()  # or it might be the line that another process is about to write
+    try:
+        text = Path(path).read_bytes()
+        if not b'{"op_code"'.startswith(text[:10]):
+            raise ValueError("it is no journal of optuna's")
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+    return JournalStorage(backend)
+
+
+def _units(groups: Sequence[Group]) -> list[Unit]:
+    return sorted((unit for group in groups for unit in group.units), key=lambda unit: (unit[0], unit[1] or 0))
+
+
+def _chosen(groups: Sequence[Group], names: Sequence[str]) -> tuple[Choice, ...]:
+    """Each group's choice in a setting that was tried."""
+    of_unit = dict(zip(_units(groups), names, strict=True))
+    return tuple({str(choice): choice for choice in group.bits}[of_unit[group.units[0]]] for group in groups)
+
+
 def _suggest(trial: Trial, index: int, group: Group) -> Choice:
     by_name = {str(choice): choice for choice in group.bits}
     return by_name[trial.suggest_categorical(_name(index), list(by_name))]
+
+
+def _params(chosen: Sequence[Choice]) -> dict[str, str]:
+    return {_name(index): str(choice) for index, choice in enumerate(chosen)}
 
 
 def _name(index: int) -> str:

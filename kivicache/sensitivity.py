@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -116,32 +117,49 @@ def profile_errors(
     base: KIVIConfig,
     candidates: Sequence[Choice],
     per_head: bool = False,
-    on_unit: Callable[[], object] = lambda: None,
+    kept: Callable[[int, Callable[[], Profile]], Profile] = lambda layer_idx, measure: measure(),
 ) -> Profile:
     """The errors of every layer, or every kv head, under every choice.
 
     Args:
         fidelity: holds the model and the texts; the queries are those of the tokens behind its prefill.
         base: all settings that a choice does not name.
-        on_unit: called when a layer is done.
+        kept: gives each layer's part, be it measured now or at another time.
     """
+    inputs = cache(lambda: _attention_inputs(fidelity))  # of all layers at once, where one is measured
+
+    def measure(layer_idx: int) -> Profile:
+        return _layer_errors(fidelity, layer_idx, inputs()[layer_idx], base, candidates, per_head)
+
     profile: Profile = {}
-    for layer_idx, recorded in _attention_inputs(fidelity).items():
-        exact = _attended(recorded, recorded.key, recorded.value)
-        for choice in candidates:
-            layer = fidelity.layer(layer_idx, assigned(base, {(layer_idx, None): choice}).layer(layer_idx))
-            keys, values = (
-                torch.cat([read, states[:, :, fidelity.prefill :]], dim=2)
-                for read, states in zip(read_states(layer), (recorded.key, recorded.value), strict=True)
-            )
-            per_kv_head = _errors(recorded, keys, values, exact, _attended(recorded, keys, values))
-            memory = layer.memory()
-            heads: Sequence[int | None] = range(len(per_kv_head)) if per_head else [None]
-            packed = memory.packed_bits_per_value, memory.values // len(heads)
-            for head in heads:
-                errors = per_kv_head.mean(0) if head is None else per_kv_head[head]
-                profile.setdefault((layer_idx, head), {})[choice] = Sensitivity(*packed, *errors.tolist())
-        on_unit()
+    for layer_idx in fidelity.layers:
+        profile |= kept(layer_idx, partial(measure, layer_idx))
+    return profile
+
+
+def _layer_errors(
+    fidelity: CachedKL,
+    layer_idx: int,
+    recorded: _AttentionInputs,
+    base: KIVIConfig,
+    candidates: Sequence[Choice],
+    per_head: bool,
+) -> Profile:
+    profile: Profile = {}
+    exact = _attended(recorded, recorded.key, recorded.value)
+    for choice in candidates:
+        layer = fidelity.layer(layer_idx, assigned(base, {(layer_idx, None): choice}).layer(layer_idx))
+        keys, values = (
+            torch.cat([read, states[:, :, fidelity.prefill :]], dim=2)
+            for read, states in zip(read_states(layer), (recorded.key, recorded.value), strict=True)
+        )
+        per_kv_head = _errors(recorded, keys, values, exact, _attended(recorded, keys, values))
+        memory = layer.memory()
+        heads: Sequence[int | None] = range(len(per_kv_head)) if per_head else [None]
+        packed = memory.packed_bits_per_value, memory.values // len(heads)
+        for head in heads:
+            errors = per_kv_head.mean(0) if head is None else per_kv_head[head]
+            profile.setdefault((layer_idx, head), {})[choice] = Sensitivity(*packed, *errors.tolist())
     return profile
 
 

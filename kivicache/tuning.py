@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kivicache import __version__
 from kivicache.config import KIVIConfig
-from kivicache.fidelity import spread_sequences
+from kivicache.fidelity import text_pieces
 from kivicache.models import MissingPackage, fingerprint
 from kivicache.objectives import CachedKL
 from kivicache.policy import packed_lengths
-from kivicache.search import average_bits, best_of, check_budget, cluster, expand, finite, open_study, prune, search
+from kivicache.search import (
+    EPSILON,
+    Assignment,
+    best_of,
+    check_budget,
+    cluster,
+    finite,
+    open_study,
+    prune,
+    search,
+    tried,
+)
 from kivicache.sensitivity import Choice, Profile, Sensitivity, Unit, assigned, choices, profile_errors, unpacked
 
 if TYPE_CHECKING:
@@ -26,7 +39,7 @@ if TYPE_CHECKING:
 Objective = Callable[[KIVIConfig], float]
 OnProgress = Callable[[str, int, int, str], object]  # (stage, how much of it is done, of how much, a note)
 DEFAULT_BASE = KIVIConfig(backend="mse")
-STAGES = ("errors by layer", "loss by layer", "uniform settings", "search")
+STAGES = ("errors by layer", "uniform settings", "loss by layer", "search")
 _FROM_1 = ("trials", "groups", "sequences", "profiled", "prefill", "scored")
 
 
@@ -37,13 +50,13 @@ class TuningSettings:
     Attributes:
         budget: true bits per packed value, scales and minima included, at the most.
         trials: settings that the search tries.
-        base: every setting that the search does not choose.
+        base: every setting that the search does not choose: all but bits, group sizes and rotations.
         group_sizes, rotations: those that a layer may choose.
         per_head: choose for every kv head. Heads choose bits alone; their layer's group size and rotation stay those
-            of ``base``.
+            of ``base``, such as the result of a search by layer, whose bits are chosen anew.
         groups: about as many groups of layers or heads share a choice.
         sequences, prefill, scored: pieces of text, tokens of each that are prefilled, and tokens scored behind them.
-        profiled: as many pieces are enough to profile the layers, which takes most of the time.
+        profiled: as many pieces at most profile the layers, which takes most of the time.
         seed: of the search.
     """
 
@@ -74,14 +87,43 @@ class TuningSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: at least one {field}")
             for value in getattr(self, name):
                 KIVIConfig.from_dict({field: value})
+        self._check_base()
         self._check_prefill()
+
+    def _check_base(self) -> None:
+        """Refuse what the search would replace without a word."""
+        replaced = () if self.per_head else ("nbits_key", "nbits_value", "group_size", "rotation")
+        for layer_idx, own in self.base.layers.items():
+            for name in replaced:
+                if name in own:
+                    raise ValueError(
+                        f"base: got layers[{layer_idx}].{name}; allowed: layers without {', '.join(replaced)}, which "
+                        "the search chooses"
+                    )
+        if self.base.heads:
+            raise ValueError(
+                f"base: got heads of layers {sorted(self.base.heads)}; allowed: none, as the search chooses all bits"
+            )
+        for name, searched in (("group_size", self.group_sizes), ("rotation", self.rotations)):
+            value = getattr(self.base, name)
+            if name in replaced and value not in (getattr(DEFAULT_BASE, name), *searched):
+                raise ValueError(
+                    f"base: got {name} {value!r}; allowed: {', '.join(map(repr, searched))}, which are searched"
+                )
 
     def _check_prefill(self) -> None:
         """What packs nothing costs no bits and no loss: the search would take it for the best."""
         others = max(self.base.layers, default=-1) + 1  # stands for every layer without settings of its own
         for layer in map(self.base.layer, (*self.base.layers, others)):
             for choice in (*self.candidates(), *self.uniform()):
-                if 0 in packed_lengths(replace(layer, **choice.settings), self.prefill):
+                try:
+                    packed = packed_lengths(replace(layer, **choice.settings), self.prefill)
+                except ValueError as error:
+                    raise ValueError(
+                        f"group_sizes: got {choice.group_size}; allowed: what base's other settings let {choice} "
+                        f"have; {error}"
+                    ) from error
+                if 0 in packed:
                     raise ValueError(
                         f"prefill: got {self.prefill}; allowed: more tokens, as {choice} packs none of so few beside "
                         f"{layer.sink_length} sinks and a residual of {layer.residual_length}"
@@ -105,11 +147,27 @@ class Point:
     label: str = ""
 
 
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other has fewer bits and less loss than, from few bits to many."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.bits, point.loss)):
+        if not kept or point.loss < kept[-1].loss:
+            kept.append(point)
+    return kept
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What is measured before the search, whatever its budget."""
+    """What is measured before the search, whatever its budget.
+
+    Attributes:
+        profile: every unit's errors under every choice.
+        candidates: what the search chooses from, with losses.
+        uniform: the settings for all layers alike.
+    """
 
     profile: Profile
+    candidates: Profile
     uniform: tuple[Point, ...]
 
 
@@ -160,7 +218,8 @@ def run(
             processes or machines may work on one study of one storage, each with the same settings.
         study_name: of the study there.
         resume: go on with a study that exists.
-        measured: of another result that differs in budget, trials, groups or seed alone.
+        measured: of another result that differs in budget, trials, groups or seed alone. None: measured now, and kept
+            in the study as it goes.
         on_progress: told what is done of each of [`STAGES`].
         settings: the fields of [`TuningSettings`].
 
@@ -175,18 +234,15 @@ def run(
         allowed = ", ".join(field.name for field in fields(TuningSettings))
         raise ValueError(f"{unknown[0]}: unknown setting; allowed: {allowed}")
     chosen = TuningSettings(**settings)
-    texts = list(texts)
-    tokens = [calibration(tokenizer, texts, chosen, count) for count in (chosen.sequences, chosen.profiled)]
+    texts, profiled = list(texts), min(chosen.profiled, chosen.sequences)
+    tokens = [calibration(tokenizer, texts, chosen, count) for count in (chosen.sequences, profiled)]
     whole, part = (CachedKL(model, own.to(model.device), chosen.prefill, chosen.scored) for own in tokens)
     loss: Objective = objective or whole
     check_budget(chosen.budget, _fewest_bits(part, chosen))
     study = open_study(storage, study_name, chosen.seed, resume)
     _claim(study, _origin(chosen, model, tokens[0], objective))
-    if measured is None and (measured := _stored(study)) is None:
-        profile = _profile(part, objective or part, chosen, on_progress)
-        measured = Measured(profile, _uniform(whole, loss, chosen, on_progress))
-    measured = _stored(study) or _store(study, measured)
-    groups = cluster(prune(measured.profile), chosen.groups, "loss")
+    measured = measured or _measured(study, whole, part, objective, chosen, on_progress)
+    groups = cluster(measured.candidates, chosen.groups, "loss")
     search(
         study,
         groups,
@@ -195,28 +251,29 @@ def run(
         chosen.trials,
         lambda done, best: on_progress(STAGES[3], min(done, chosen.trials), chosen.trials, f"best {best:.5f}"),
     )
-    found, least = best_of(study, groups)
-    return TuningResult(
-        settings=chosen,
-        config=assigned(chosen.base, expand(groups, found)),
-        best=Point(average_bits(groups, found), least),
-        measured=measured,
-        trials=tuple(Point(t.values[1], t.values[0]) for t in study.get_trials(deepcopy=False) if t.values),
-    )
+    trials = tuple(Point(trial.values[1], trial.values[0]) for trial in tried(study).values())
+    if len(trials) < chosen.trials:
+        on_progress(STAGES[3], len(trials), len(trials), "no other setting fits")
+    assignment, least, bits = best_of(study, groups)
+    best = Point(bits, least)
+    # one may be none of the search's: heads choose bits alone, and the first trials may be its last
+    for choice, point in zip(chosen.uniform(), measured.uniform, strict=True):
+        if point.bits <= chosen.budget + EPSILON and point.loss < best.loss:
+            assignment, best = _everywhere(whole, choice), Point(point.bits, point.loss)
+    return TuningResult(chosen, assigned(chosen.base, assignment), best, measured, trials)
 
 
 def calibration(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], settings: TuningSettings, sequences: int
 ) -> Tensor:
     """``[sequences, tokens]``: pieces evenly spread over the texts."""
-    tokens = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"])
-    return spread_sequences(tokens, sequences, settings.prefill + settings.scored + 1)
+    return text_pieces(tokenizer, "\n\n".join(texts), sequences, settings.prefill + settings.scored + 1)
 
 
 def _fewest_bits(fidelity: CachedKL, settings: TuningSettings) -> float:
     """The fewest true bits per packed value that there are: all layers at 2 bits."""
     configs = (
-        assigned(settings.base, {(layer_idx, None): choice for layer_idx in fidelity.layers})
+        assigned(settings.base, _everywhere(fidelity, choice))
         for choice in settings.candidates()
         if choice.pair == "K2V2"
     )
@@ -230,36 +287,95 @@ def default_texts() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _profile(fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress) -> Profile:
-    """The profile, with a loss for every choice that is on its unit's front."""
-    layers, done = len(fidelity.layers), 0
+def _measured(
+    study: Study,
+    whole: CachedKL,
+    part: CachedKL,
+    objective: Objective | None,
+    settings: TuningSettings,
+    on_progress: OnProgress,
+) -> Measured:
+    """The profile, the uniform settings, and the loss of all that is not pruned; the study keeps what is done."""
+    profile = _errors(study, part, settings, on_progress)
+    uniform = _uniform(study, whole, objective or whole, settings, on_progress)
+    best = {point.label for point in front(uniform)}
+    # what is best for all units alike is a candidate for each, however it is judged by the unit's own errors
+    candidates = prune(profile, always=[choice for choice in settings.uniform() if str(choice) in best])
+    return Measured(profile, _losses(study, candidates, objective or part, settings, on_progress), uniform)
 
-    def on_unit() -> None:
-        nonlocal done
-        done += 1
-        on_progress(STAGES[0], done, layers, "")
 
-    on_progress(STAGES[0], 0, layers, "")
-    profile = profile_errors(fidelity, settings.base, settings.candidates(), settings.per_head, on_unit)
-    exact = unpacked(settings.base)
-    fronts = [(unit, choice) for unit, front in prune(profile).items() for choice in front]
-    for count, (unit, choice) in enumerate(fronts, 1):
-        measured = replace(profile[unit][choice], loss=finite(loss(assigned(exact, {unit: choice}))))
-        profile[unit][choice] = measured
-        on_progress(STAGES[1], count, len(fronts), "")
-    return profile
+def _errors(study: Study, fidelity: CachedKL, settings: TuningSettings, on_progress: OnProgress) -> Profile:
+    layers, by_name = fidelity.layers, {str(choice): choice for choice in settings.candidates()}
+
+    def plain(profile: Profile) -> list[Any]:
+        return [
+            [head, [[str(choice), astuple(cost)] for choice, cost in costs.items()]]
+            for (_, head), costs in profile.items()
+        ]
+
+    def kept(layer_idx: int, measure: Callable[[], Profile]) -> Profile:
+        stored = _kept(study, f"errors {layer_idx}", lambda: plain(measure()))
+        on_progress(STAGES[0], layers.index(layer_idx) + 1, len(layers), "")
+        return {
+            (layer_idx, head): {by_name[name]: Sensitivity(*cost) for name, cost in costs} for head, costs in stored
+        }
+
+    on_progress(STAGES[0], 0, len(layers), "")
+    return profile_errors(fidelity, settings.base, settings.candidates(), settings.per_head, kept)
 
 
 def _uniform(
-    fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress
+    study: Study, fidelity: CachedKL, loss: Objective, settings: TuningSettings, on_progress: OnProgress
 ) -> tuple[Point, ...]:
+    def measure(choice: Choice) -> tuple[float, float]:
+        config = assigned(settings.base, _everywhere(fidelity, choice))
+        return fidelity.cache(config).memory().packed_bits_per_value, finite(loss(config))
+
     points: list[Point] = []
     for choice in settings.uniform():
-        config = KIVIConfig.from_dict({**settings.base.to_dict(), **choice.settings, "layers": {}, "heads": {}})
-        bits = fidelity.cache(config).memory().packed_bits_per_value
-        points.append(Point(bits, finite(loss(config)), str(choice)))
-        on_progress(STAGES[2], len(points), len(settings.uniform()), "")
+        bits, measured = _kept(study, f"uniform {choice}", partial(measure, choice))
+        points.append(Point(bits, measured, str(choice)))
+        on_progress(STAGES[1], len(points), len(settings.uniform()), "")
     return tuple(points)
+
+
+def _losses(
+    study: Study, candidates: Profile, loss: Objective, settings: TuningSettings, on_progress: OnProgress
+) -> Profile:
+    """``candidates`` with the loss of each where one unit alone is packed."""
+    exact, done, total = unpacked(settings.base), 0, sum(map(len, candidates.values()))
+
+    def measure(unit: Unit) -> dict[str, float]:
+        losses: dict[str, float] = {}
+        for choice in candidates[unit]:
+            on_progress(STAGES[2], done + len(losses), total, "")
+            losses[str(choice)] = finite(loss(assigned(exact, {unit: choice})))
+        return losses
+
+    profile: Profile = {}
+    for unit, costs in candidates.items():
+        losses = _kept(study, f"losses {unit}", partial(measure, unit))
+        profile[unit] = {choice: replace(cost, loss=losses[str(choice)]) for choice, cost in costs.items()}
+        done += len(costs)
+        on_progress(STAGES[2], done, total, "")
+    return profile
+
+
+def _everywhere(fidelity: CachedKL, choice: Choice) -> Assignment:
+    return {(layer_idx, None): choice for layer_idx in fidelity.layers}
+
+
+def _kept(study: Study, name: str, measure: Callable[[], Any]) -> Any:
+    """What the study holds under this name, or else what is measured now, in JSON's types.
+
+    Of two workers that measure the same, the later one takes what the earlier one has stored: with numbers of their
+    own they might group the units in two ways.
+    """
+    if name not in study.user_attrs:
+        own = measure()
+        if name not in study.user_attrs:
+            study.set_user_attr(name, own)
+    return study.user_attrs[name]
 
 
 def _origin(
@@ -269,9 +385,12 @@ def _origin(
     named = getattr(objective, "name", getattr(objective, "__qualname__", type(objective).__qualname__))
     return {name: str(value) for name, value in asdict(replace(settings, trials=1, seed=0)).items()} | {
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "model": f"{model.name_or_path} with weights {fingerprint(model)}",
         "texts": f"tokens {sha256(tokens.numpy().tobytes()).hexdigest()[:16]}",
         "objective": "KL to full precision" if objective is None else named,
+        **{package: version(package) for package in ("torch", "transformers", "scikit-learn")},
+        "kivicache": __version__,
     }
 
 
@@ -282,25 +401,3 @@ def _claim(study: Study, mine: dict[str, str]) -> None:
         if theirs.get(name) != value:
             raise ValueError(f"{name}: got {value}; allowed: {theirs.get(name)}, as in the study that is resumed")
     study.set_user_attr("settings", mine)
-
-
-def _store(study: Study, measured: Measured) -> Measured:
-    """Keep in the study what was measured; an entry per unit, as databases limit the length of one."""
-    for unit, costs in measured.profile.items():
-        study.set_user_attr(f"profile {unit}", [[asdict(choice), asdict(cost)] for choice, cost in costs.items()])
-    study.set_user_attr("uniform", [asdict(point) for point in measured.uniform])
-    study.set_user_attr("units", list(measured.profile))
-    return measured
-
-
-def _stored(study: Study) -> Measured | None:
-    stored = study.user_attrs
-    if "units" not in stored:
-        return None
-    units: list[Unit] = [(layer_idx, head) for layer_idx, head in stored["units"]]
-    uniform = tuple(Point(**point) for point in stored["uniform"])
-    return Measured({unit: _costs(stored[f"profile {unit}"]) for unit in units}, uniform)
-
-
-def _costs(stored: Sequence[Any]) -> dict[Choice, Sensitivity]:
-    return {Choice(**choice): Sensitivity(**cost) for choice, cost in stored}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kivicache.evaluation_report import pyplot, save
 from kivicache.sensitivity import Choice, Unit
-from kivicache.tuning import Point, TuningResult
+from kivicache.tuning import Point, TuningResult, front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +21,9 @@ def render_tuning(result: TuningResult, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table("setting", "true bits", "loss", "tuned is better by", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "setting", "true bits", "calibration loss", "tuned is better by", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     best = result.best
@@ -32,6 +33,7 @@ def render_tuning(result: TuningResult, console: Console) -> None:
         style = "bold green" if point is best else None
         table.add_row(point.label or "tuned", f"{point.bits:.3f}", f"{point.loss:.5f}", ratio, style=style)
     console.print(table)
+    console.print(f"different settings tried: {len(result.trials)}")
     taken = Counter(str(choice) for choice in tuned_choices(result).values())
     console.print("taken: " + ", ".join(f"{count} x {choice}" for choice, count in taken.most_common()))
 
@@ -44,17 +46,8 @@ def tuned_choices(result: TuningResult) -> dict[Unit, Choice]:
         if head is None:
             chosen[layer_idx, head] = Choice(layer.nbits_key, layer.nbits_value, layer.group_size, layer.rotation)
         else:
-            chosen[layer_idx, head] = Choice(*layer.heads[head])
+            chosen[layer_idx, head] = Choice(*layer.heads.get(head, (layer.nbits_key, layer.nbits_value)))
     return chosen
-
-
-def front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other has fewer bits and less loss than, from few bits to many."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.bits, point.loss)):
-        if not kept or point.loss < kept[-1].loss:
-            kept.append(point)
-    return kept
 
 
 def plot_front(result: TuningResult, path: Path) -> Path:
@@ -67,7 +60,7 @@ def plot_front(result: TuningResult, path: Path) -> Path:
     axes.scatter([best.bits], [best.loss], marker="*", s=150, color="#0b6e4f", zorder=3, label="tuned")
     plot_uniform(axes, [p for p in result.measured.uniform if p.loss > 0 and p.bits <= result.settings.budget + 2])
     axes.axvline(result.settings.budget, color="#888888", linewidth=0.8, linestyle="--", label="budget")
-    finish_front(axes, "loss (less is better)")
+    finish_front(axes, "calibration loss (less is better)")
     return save(figure, path)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kivicache.fidelity import kl_divergence, spread_sequences, step_log_probs
-from tests.tiny import VOCAB, tiny_llama
+from kivicache.fidelity import kl_divergence, spread_sequences, step_log_probs, text_pieces
+from tests.tiny import VOCAB, bos_tokenizer, tiny_llama, word_tokenizer
 
 
 @pytest.mark.parametrize("step", [1, 5, 100])
@@ -29,3 +29,9 @@ def test_sequences_never_overlap_and_reach_the_end():
     assert len(pieces.unique()) == pieces.numel()
     with pytest.raises(ValueError, match="got 99 tokens; allowed: at least 100"):
         spread_sequences(torch.arange(99), 4, 25)
+
+
+def test_a_piece_of_text_begins_as_the_tokenizer_begins_a_text():
+    text = " ".join(f"w{i}" for i in range(3, 99))
+    assert text_pieces(word_tokenizer(), text, 2, 48).tolist() == [list(range(3, 51)), list(range(51, 99))]
+    assert text_pieces(bos_tokenizer(), text, 2, 49).tolist() == [[1, *range(3, 51)], [1, *range(51, 99)]]

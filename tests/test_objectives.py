@@ -60,6 +60,16 @@ def test_task_errors_are_the_part_that_is_not_exactly_matched(questions, monkeyp
     assert seen == [8] * 4  # the four behind the two that are examples, through a cache of the config
 
 
+def test_a_name_tells_tasks_of_other_questions_apart(questions):
+    def name():
+        return TaskErrors(tiny_llama(), word_tokenizer(), parse_task(f"gsm8k:data={questions},shots=2")).name
+
+    before = name()
+    assert name() == before
+    questions.write_text(questions.read_text().replace("#### 8", "#### 9"))
+    assert name() != before
+
+
 def test_a_task_without_items_is_refused_at_once(questions):
     with pytest.raises(ValueError, match="task gsm8k: got no items"):
         TaskErrors(tiny_llama(), word_tokenizer(), parse_task(f"gsm8k:data={questions},shots=6"))

@@ -18,6 +18,7 @@ from kivicache.search import (
     repaired,
     search,
     seeds,
+    tried,
 )
 from kivicache.sensitivity import Choice, Sensitivity
 
@@ -69,6 +70,16 @@ def test_prune_keeps_what_no_other_choice_beats():
         )
         twins = [kept.get(c) for c, other in costs.items() if (other.bits, other.e_o) == (own.bits, own.e_o)]
         assert sum(twin is not None for twin in twins) == (0 if beaten else 1), choice
+
+
+def test_prune_keeps_what_it_is_told_to_keep_where_a_unit_has_it():
+    profile = {
+        (0, None): {choice: cost(choice, choice.nbits_value) for choice in CHOICES},
+        (1, None): {CHOICES[0]: cost(CHOICES[0], 0.1)},
+    }
+    kept = prune(profile, always=[CHOICES[-1]])
+    assert set(kept[0, None]) == {*prune(profile)[0, None], CHOICES[-1]}
+    assert CHOICES[-1] not in prune(profile)[0, None] and set(kept[1, None]) == {CHOICES[0]}
 
 
 def test_cluster_finds_planted_groups():
@@ -154,21 +165,58 @@ def interacting(groups):
 def test_search_comes_near_to_what_trying_everything_finds():
     groups = random_groups(4)
     budget, loss = middle(groups), interacting(groups)
-    allowed, tried = list(everything(groups, budget)), []
+    allowed, asked = list(everything(groups, budget)), []
 
     def measured(assignment):
         chosen = tuple(assignment[group.units[0]] for group in groups)
-        tried.append(chosen)
+        asked.append(chosen)
         return loss(chosen)
 
     study = open_study(None, "study", seed=random.randrange(1000), resume=False)
-    search(study, groups, measured, budget, trials=200)
-    found, least = best_of(study, groups)
-    assert set(tried) <= set(allowed)
-    assert len(tried) == len(set(tried))  # nothing is measured twice
-    assert loss(tuple(found)) == least
+    search(study, groups, measured, budget, trials=60)
+    found, least, bits = best_of(study, groups)
+    assert set(asked) <= set(allowed)
+    assert len(asked) == len(set(asked)) == len(tried(study)) == 60  # a trial is a setting that is new
+    found = tuple(found[group.units[0]] for group in groups)
+    assert (loss(found), average_bits(groups, found)) == (least, bits)
     assert least <= min(map(loss, seeds(groups, budget)))
     assert least <= sorted(map(loss, allowed))[len(allowed) // 30]  # nearly the best of all, which the seeds are not
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_search_ends_where_all_that_fits_is_measured(count):
+    groups = random_groups(count)
+    budget, asked = middle(groups), []
+
+    def loss(assignment):
+        asked.append(tuple(assignment.values()))
+        return random.random()
+
+    study = open_study(None, "study", seed=0, resume=False)
+    search(study, groups, loss, budget, trials=1000)
+    assert sorted(map(str, asked)) == sorted(map(str, everything(groups, budget)))
+    assert best_of(study, groups)[1] == min(trial.values[0] for trial in tried(study).values())
+
+
+def test_a_trial_means_what_was_measured_however_units_are_grouped():
+    units = {(layer, None): dict.fromkeys(CHOICES, 0.1) for layer in range(12)}
+    bits = {choice: cost(choice, 0).bits for choice in CHOICES}
+
+    def grouped(*parts):
+        return [Group(tuple(part), len(part), bits, dict.fromkeys(CHOICES, 1.0)) for part in parts]
+
+    losses = {}
+
+    def loss(assignment):
+        value = random.random()
+        losses[value] = assignment
+        return value
+
+    order = random.sample(sorted(units), 12)
+    study = open_study(None, "study", seed=0, resume=False)
+    search(study, grouped(order[:5], order[5:]), loss, 16.0, trials=9)
+    found, least, _ = best_of(study, grouped(order[:2], order[2:8], order[8:]))
+    assert least == min(losses) and found == losses[least]
 
 
 def test_search_says_which_budget_is_too_small():
@@ -195,6 +243,27 @@ def test_a_study_goes_on_only_where_it_is_resumed(tmp_path):
     search(resumed, groups, loss, budget, trials=9)
     assert len(calls) == len(set(calls))
     assert len([trial for trial in resumed.trials if trial.values]) == 9
+
+
+@pytest.mark.parametrize("killed_at", [-1, -20])
+def test_a_line_that_a_killed_process_left_half_is_dropped(tmp_path, killed_at):
+    groups, path = random_groups(3), tmp_path / "trials.journal"
+    budget = middle(groups)
+    search(open_study(str(path), "mine", 0, resume=False), groups, lambda _: random.random(), budget, trials=3)
+    path.write_bytes(path.read_bytes()[:killed_at])
+    resumed = open_study(str(path), "mine", 1, resume=True)
+    assert len(tried(resumed)) == 2  # the last line was that of the last trial's end
+    search(resumed, groups, lambda _: random.random(), budget, trials=5)
+    assert len(tried(open_study(str(path), "mine", 2, resume=True))) == 5
+
+
+@pytest.mark.parametrize("text", ["half a line", "other\nlines\n"])
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"storage: .*notes.txt cannot be opened: it is no journal of optuna's"):
+        open_study(str(path), "mine", 0, resume=True)
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_seeds_that_a_stop_left_out_are_tried_when_it_goes_on(tmp_path):

@@ -1,22 +1,22 @@
 """The tuner from end to end, on a tiny random model."""
 
 import copy
-import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 from rich.console import Console
 
 import kivicache
-from kivicache import KIVICache, KIVIConfig, tuning
+from kivicache import KIVICache, KIVIConfig, sensitivity, tuning
 from kivicache.__main__ import main
 from kivicache.fidelity import cache_argument
 from kivicache.objectives import CachedKL
-from kivicache.search import prune
+from kivicache.search import open_study
 from kivicache.tuning_report import front, plot_front, plot_sensitivity, render_tuning, tuned_choices
-from tests.tiny import VOCAB, tiny_llama, word_tokenizer
+from tests.tiny import VOCAB, bos_tokenizer, tiny_llama, word_tokenizer
 
 BASE = KIVIConfig(residual_length=16, sink_length=4, backend="mse")
 SMALL = {
@@ -68,20 +68,54 @@ def test_the_result_keeps_the_budget_in_a_real_cache_and_its_loss_is_true(per_he
     assert len(tuned_choices(result)) == (6 if per_head else 3)
 
 
-def test_losses_of_one_unit_alone_do_not_depend_on_the_bases_own_layers():
-    texts, base = (
-        [words(300)],
-        KIVIConfig.from_dict(BASE.to_dict() | {"layers": {0: {"nbits": 2}}, "heads": {1: {0: 2}}}),
-    )
-    profiles = [run(texts=texts, base=own, trials=1).measured.profile for own in (BASE, base)]
+def test_losses_of_one_unit_alone_do_not_depend_on_the_bases_own_bits():
+    texts, base = [words(300)], KIVIConfig.from_dict(BASE.to_dict() | {"layers": {0: {"nbits": 2}}})
+    profiles = [run(texts=texts, base=own, trials=1, per_head=True).measured.profile for own in (BASE, base)]
     assert profiles[0] == profiles[1]
 
 
-def test_no_uniform_setting_of_its_bits_is_better():
-    result = run(trials=40, rotations=(None,))  # K2V2 in the larger groups is then on every front
-    fronts = [{str(choice) for choice in front} for front in prune(result.measured.profile).values()]
-    tried = [p for p in result.measured.uniform if p.bits <= 6.0 and all(p.label in front for front in fronts)]
-    assert tried and result.best.loss <= min(point.loss for point in tried)
+class Favourite:
+    """A loss that wants bits and, far more, one value of a field."""
+
+    def __init__(self, name, value):
+        self.field, self.value = name, value
+
+    def __call__(self, config):
+        layers = list(map(config.layer, range(3)))
+        bits = sum(layer.nbits_key + layer.nbits_value for layer in layers)
+        return 100 - bits + 100 * sum(getattr(layer, self.field) != self.value for layer in layers)
+
+
+@pytest.mark.parametrize("trials", [1, 12])
+@pytest.mark.parametrize("rotation", [None, "hadamard"])
+def test_of_equal_bits_the_objective_decides(rotation, trials):
+    result = run(objective=Favourite("rotation", rotation), group_sizes=(8,), trials=trials)  # K2V2 alone fits
+    assert [result.config.layer(i).rotation for i in range(3)] == [rotation] * 3
+    assert result.best.loss == 100 - 3 * 4 == min(p.loss for p in result.measured.uniform if p.bits <= 6.0)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_no_uniform_setting_under_the_budget_is_better(per_head, capsys):
+    result = run(objective=Favourite("group_size", 16), per_head=per_head)  # heads keep the base's 32
+    assert result.best.loss <= min(p.loss for p in result.measured.uniform if p.bits <= 6.0)
+    assert result.config.layer(0).group_size == 16 and result.best.bits <= 6.0
+    render_tuning(result, Console(width=120, highlight=False, markup=False))
+    assert "tuned  " in capsys.readouterr().out
+
+
+def test_a_uniform_setting_keeps_what_the_base_says_of_a_layer():
+    base = KIVIConfig.from_dict(BASE.to_dict() | {"layers": {1: {"residual_length": 32}}})
+    result = run(base=base, objective=Favourite("group_size", 16), per_head=True)
+    assert [result.config.layer(i).residual_length for i in range(3)] == [16, 32, 16]
+
+
+def test_trials_are_different_settings(capsys):
+    loss = Counted()
+    result = run(objective=loss, trials=60, rotations=(None,), group_sizes=(8,), budget=6.5)
+    assert len({point.bits for point in result.trials}) < len(result.trials) < 60  # there are no more that fit
+    render_tuning(result, Console(width=120, highlight=False, markup=False))
+    assert f"different settings tried: {len(result.trials)}" in capsys.readouterr().out
+    assert len(loss.asked) - len(set(loss.asked)) <= len(result.measured.uniform)  # seen uniform and in the search
 
 
 def test_any_callable_is_an_objective():
@@ -114,6 +148,48 @@ def test_resume_goes_on_and_repeats_nothing(tmp_path):
     assert len(more.trials) == 9 and more.best.loss <= first.best.loss
 
 
+def test_a_profile_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    texts, storage, whole, measured = [words(300)], str(tmp_path / "journal"), Counted(), []
+    run(texts=texts, objective=whole, trials=1)
+
+    class Interrupted(Counted):
+        __qualname__ = "Counted"
+
+        def __call__(self, config):
+            if len(self.asked) == len(whole.asked) - 10:  # among the last layer's losses
+                raise KeyboardInterrupt
+            return super().__call__(config)
+
+    def errors_measured(fidelity, layer_idx, *given):
+        measured.append(layer_idx)
+        return errors(fidelity, layer_idx, *given)
+
+    def stop_at_two_layers(stage, done, total, note):
+        if (stage, done) == ("errors by layer", 2):
+            raise KeyboardInterrupt
+
+    errors = sensitivity._layer_errors
+    monkeypatch.setattr(sensitivity, "_layer_errors", errors_measured)
+    loss, interrupted = Counted(), Interrupted()
+    for options in ({"on_progress": stop_at_two_layers}, {"objective": interrupted, "resume": True}):
+        with pytest.raises(KeyboardInterrupt):
+            run(texts=texts, storage=storage, trials=1, **{"objective": loss} | options)
+    run(texts=texts, storage=storage, trials=1, objective=loss, resume=True)
+    assert measured == [0, 1, 2]
+    assert len(loss.asked) < len(whole.asked) / 2  # of the losses, one layer's were lost
+    assert set(interrupted.asked + loss.asked) == set(whole.asked)
+
+
+def test_of_two_workers_that_measure_the_same_the_later_takes_the_earlier_ones():
+    study = open_study(None, "study", 0, resume=False)
+
+    def measure():
+        study.set_user_attr("losses", [1.0])  # another worker's, meanwhile
+        return [2.0]
+
+    assert [tuning._kept(study, "losses", measure) for _ in range(2)] == [[1.0], [1.0]]
+
+
 @pytest.mark.parametrize(("name", "value"), [("budget", 5.5), ("per_head", True), ("prefill", 60)])
 def test_a_study_of_other_settings_is_not_resumed(tmp_path, name, value):
     storage = str(tmp_path / "journal")
@@ -136,6 +212,25 @@ def test_a_study_of_other_losses_is_not_resumed(tmp_path, name, change):
     run(**given)
     with pytest.raises(ValueError, match=rf"{name}: got .*; allowed: .*, as in the study that is resumed"):
         run(**given | change(), resume=True)
+
+
+@pytest.mark.parametrize("name", ["kivicache", "torch", "transformers", "scikit-learn"])
+def test_a_study_of_other_versions_is_not_resumed(tmp_path, monkeypatch, name):
+    given = {"texts": [words(300)], "objective": Counted(), "storage": str(tmp_path / "journal"), "trials": 1}
+    run(**given)
+    monkeypatch.setattr(tuning, "__version__", "0.0.1" if name == "kivicache" else kivicache.__version__)
+    monkeypatch.setattr(tuning, "version", lambda package: "0.0.1" if package == name else version(package))
+    with pytest.raises(ValueError, match=rf"{name}: got 0.0.1; allowed: \d.*, as in the study that is resumed"):
+        run(**given, resume=True)
+
+
+def test_calibration_begins_each_piece_as_the_tokenizer_begins_a_text():
+    settings = tuning.TuningSettings(6.0, prefill=400)
+    plain, begun = (
+        tuning.calibration(tokenizer, [words(3000)], settings, 3) for tokenizer in (word_tokenizer(), bos_tokenizer())
+    )
+    assert plain.shape == begun.shape == (3, 425)
+    assert begun[:, 0].tolist() == [1, 1, 1] and (begun[:, 1:] > 1).all() and (plain > 1).all()
 
 
 def test_what_is_refused_leaves_no_study_behind(tmp_path):
@@ -162,25 +257,32 @@ def test_what_was_measured_serves_another_budget():
 
 
 WORKER = """
-import sys, torch
+import pathlib, sys, time, torch
 torch.set_num_threads(1)
-from tests.test_tuning import run
-run(texts=[sys.argv[1]], storage=sys.argv[2], seed=int(sys.argv[3]), trials=40, resume=True)
+from tests.test_tuning import Counted, run
+texts, storage, seed, other = sys.argv[1:]
+class Meeting(Counted):
+    name = "Counted"
+    def __call__(self, config):
+        pathlib.Path(storage + seed).touch()
+        deadline = time.monotonic() + 120
+        while not pathlib.Path(storage + other).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return super().__call__(config)
+run(texts=[texts], storage=storage, seed=int(seed), trials=40, resume=True, objective=Meeting())
 """
 
 
 def test_two_worker_processes_share_one_study(tmp_path):
     texts, storage = words(300), str(tmp_path / "journal")
-    run(texts=[texts], storage=storage, trials=1)
+    run(texts=[texts], storage=storage, trials=1, objective=Counted())
     command = [sys.executable, "-c", WORKER, texts, storage]
-    workers = [subprocess.Popen([*command, str(seed)]) for seed in (1, 2)]
+    # neither measures its first trial before the other is there, however late that starts
+    workers = [subprocess.Popen([*command, *seeds]) for seeds in (("1", "2"), ("2", "1"))]
     assert [worker.wait() for worker in workers] == [0, 0]
-    result = run(texts=[texts], storage=storage, trials=40, resume=True)
+    result = run(texts=[texts], storage=storage, trials=40, resume=True, objective=Counted())
     assert 40 <= len(result.trials) <= 41  # each worker may have had one on the way
-    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
-    created = [line["worker_id"] for line in lines if line["op_code"] == 4]
-    finished = {worker: created.count(worker) for worker in created}
-    assert len(finished) == 3 and sorted(finished.values())[1] > 1, finished  # both workers did their part
+    assert all((tmp_path / f"journal{seed}").exists() for seed in (1, 2))  # both workers did their part
 
 
 @pytest.mark.parametrize(
@@ -196,6 +298,19 @@ def test_two_worker_processes_share_one_study(tmp_path):
         ({"rotations": ("givens",)}, "rotation: got 'givens'; allowed: None, 'hadamard'"),
         ({"group_sizes": (8, 128)}, "prefill: got 84; allowed: more tokens, as K2V2 g128 packs none"),
         ({"base": KIVIConfig(layers={1: {"residual_length": 80}})}, "beside 32 sinks and a residual of 80"),
+        ({"base": KIVIConfig(layers={1: {"nbits": 8}})}, r"base: got layers\[1\].nbits_key; allowed: layers without"),
+        ({"base": KIVIConfig(layers={1: {"rotation": None}})}, r"base: got layers\[1\].rotation; allowed"),
+        ({"base": KIVIConfig(heads={1: {0: 8}})}, r"base: got heads of layers \[1\]; allowed: none"),
+        ({"base": KIVIConfig(heads={1: {0: 8}}), "per_head": True}, "base: got heads of layers"),
+        ({"base": KIVIConfig(group_size=64)}, r"base: got group_size 64; allowed: 8, 16, which are searched"),
+        (
+            {"base": KIVIConfig(rotation="hadamard"), "rotations": (None,)},
+            "base: got rotation 'hadamard'; allowed: None",
+        ),
+        (
+            {"base": KIVIConfig.paper(2), "group_sizes": (8, 256), "prefill": 200},
+            "group_sizes: got 256; allowed: what base's other settings let K2V2 g256 have; residual_length: got 128",
+        ),
         ({"seed": -1}, "seed: got -1; allowed: a whole number from 0"),
         ({"bits": 3}, "bits: unknown setting; allowed: budget, trials"),
         ({"sequences": 50}, "text: got 300 tokens; allowed: at least 4650"),
@@ -255,6 +370,9 @@ def test_command_from_end_to_end(folder, capsys):
     output, progress = capsys.readouterr()
     assert "tuned" in output and "taken: " in output
     assert "errors by layer: 0 of 2" in progress  # lines, as this is no terminal
+    assert (
+        "uniform settings: 9 of 9" in progress and "search: 1 of 1 no other setting fits" in progress
+    )  # the ends at least
     config = KIVIConfig.from_yaml(folder / "best.yaml")
     assert set(config.layers) == {0, 1} and config.sink_length == 4
     for name in ("front", "sensitivity"):
@@ -271,6 +389,8 @@ def test_command_from_end_to_end(folder, capsys):
         (["--text", "nowhere.txt"], "--text: nowhere.txt: no such file"),
         (["--task", "fidelity"], "task: got 'fidelity'; allowed: a task with right answers"),
         (["--group-sizes", "0"], "group_size: got 0"),
+        (["--prefill", "20"], "prefill: got 20; allowed: more tokens"),
+        (["--sequences", "30"], "text: got 6500 tokens; allowed: at least 16110"),
         (["--config", "nowhere.yaml"], "--config: nowhere.yaml"),
         (["--out", "."], "--out: got .; allowed: a file in a folder that there is"),
         (["--out", "nowhere/best.yaml"], "--out: got nowhere/best.yaml; allowed: a file in a folder"),

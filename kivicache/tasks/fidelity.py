@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kivicache.data import load_text
-from kivicache.fidelity import first_difference, kl_divergence, spread_sequences, step_log_probs
+from kivicache.fidelity import first_difference, kl_divergence, step_log_probs, text_pieces
 from kivicache.tasks.base import Item, Scores, Subject, Task, check_counts, generate
 
 
@@ -23,7 +23,7 @@ class Fidelity(Task, name="fidelity"):
 
     Args:
         data: a text file, or a dataset, see [`load_text`]. None: the built-in text.
-        sequences: pieces, evenly spread over the text.
+        sequences: pieces, evenly spread over the text, each behind the BOS token where the model has one.
         prefill: tokens of each that are prefilled at once.
         steps: tokens behind them that are read through the cache, and scored.
         step: tokens per forward pass.
@@ -102,8 +102,7 @@ class Greedy(Task, name="greedy"):
 
 
 def _pieces(subject: Subject, data: str | None, count: int, length: int) -> list[list[int]]:
-    tokens = torch.tensor(subject.tokenizer(load_text(data)).input_ids)
-    return spread_sequences(tokens, count, length).tolist()
+    return text_pieces(subject.tokenizer, load_text(data), count, length).tolist()
 
 
 def _rounded(values: Tensor) -> list[Any]:
