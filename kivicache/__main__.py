@@ -305,13 +305,14 @@ def _tune(args: argparse.Namespace) -> int:
     device = _device(args.device)
     _quiet_unless_it_downloads(args.model)
     model, tokenizer = load_model(args.model, device)
-    with _stages(tuning.STAGES) as on_progress:
+    storage = args.storage or f"{args.out}.journal"
+    with _stages(tuning.STAGES) as on_progress, _resumable(storage):
         result = tuning.run(
             model,
             tokenizer,
             texts,
             objective=None if task is None else TaskErrors(model, tokenizer, task),
-            storage=args.storage or f"{args.out}.journal",
+            storage=storage,
             study_name=args.study,
             resume=args.resume,
             on_progress=on_progress,
@@ -324,6 +325,15 @@ def _tune(args: argparse.Namespace) -> int:
         print(plot(result, args.out.with_suffix(f".{name}.png")))
     print(f"{args.out}: use it as KIVICache({str(args.out)!r}, config=model.config)")
     return 0
+
+
+@contextmanager
+def _resumable(storage: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: what was measured is kept in {storage}; --resume goes on with it", file=sys.stderr)
+        raise
 
 
 def _calibration_texts(args: argparse.Namespace) -> list[str]:

@@ -150,6 +150,22 @@ class KIVICache(DynamicCache):
                     break
         return super().get_mask_sizes(query_length, layer_idx)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._refuse_a_layer_without("batch_repeat_interleave")
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._refuse_a_layer_without("batch_select_indices")
+        super().batch_select_indices(indices)
+
+    def _refuse_a_layer_without(self, method: str) -> None:
+        """All layers or none: those of 16 bits and fixed capacity, among others, cannot change their batch."""
+        for layer_idx, layer in enumerate(self.layers):
+            if not hasattr(layer, method):
+                raise ValueError(
+                    f"{method}: layer {layer_idx}, a {type(layer).__name__}, cannot; no layer was changed"
+                )
+
     def _attention_reasons(self) -> list[str]:
         """Why the model's attention does not read packed bytes; empty where it does, or is not known."""
         name = getattr(self._model_config, "_attn_implementation", None)

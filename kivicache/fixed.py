@@ -53,7 +53,10 @@ class FixedKIVILayer(KIVILayer):
         self.max_cache_len = max_cache_len
         self._model_config = model_config
         self._stores: tuple[FixedStates, FixedStates] | None = None
-        super().__init__(config)
+        # room is made for as many exact tokens as there may be, so for no more than can come
+        sink_length = min(config.sink_length, max_cache_len)
+        residual_length = min(config.residual_length, max_cache_len - sink_length)
+        super().__init__(replace(config, sink_length=sink_length, residual_length=residual_length))
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

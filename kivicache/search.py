@@ -221,7 +221,11 @@ def search(
             continue
         assignment = expand(groups, fresh)
         trial.set_user_attr("choices", [str(choice) for choice in assignment.values()])
-        study.tell(trial, (finite(loss(assignment)), average_bits(groups, fresh)))
+        try:
+            study.tell(trial, (finite(loss(assignment)), average_bits(groups, fresh)))
+        except BaseException:  # also Ctrl-C: no trial is left that seems to run
+            study.tell(trial, state=TrialState.FAIL)
+            raise
         done = tried(study)
         on_trial(len(done), min(own.values[0] for own in done.values()))
 

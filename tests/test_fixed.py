@@ -363,6 +363,30 @@ def test_a_reordering_that_fails_midway_changes_nothing(indices, failing):
     assert torch.equal(layer.keys, before[0][indices]) and torch.equal(layer.values, before[1][indices])
 
 
+@pytest.mark.parametrize("exact", [("sink_length",), ("residual_length",), ("sink_length", "residual_length")])
+def test_what_stays_exact_takes_no_more_room_than_the_capacity(exact):
+    config = KIVIConfig(nbits=2, **dict.fromkeys(exact, 10**12))
+    growing, fixed = KIVILayer(config.layer(0)), FixedKIVILayer(config.layer(0), 640)
+    for tokens in (600, 1, 17, *[1] * 10, 12):
+        states = torch.randn(2, 1, 2, tokens, 16)
+        length = growing.get_seq_length() + tokens
+        for ours, theirs in zip(fixed.update(*states), growing.update(*states), strict=True):
+            assert torch.equal(ours[:, :, :length], theirs)
+    with pytest.raises(ValueError, match="max_cache_len: got 640"):
+        fixed.update(*states)
+    assert fixed.memory().total < 1.4 * 2 * 640 * 2 * 2 * 16 * 4  # the bytes of a StaticLayer
+
+
+def test_a_batch_changes_in_all_layers_or_in_none():
+    cache = fixed_cache(KIVIConfig(nbits=4, layers={1: {"nbits": 16}}, **SMALL))
+    for layer_idx in range(2):
+        cache.update(*torch.randn(2, 3, 2, 20, 16), layer_idx)
+    for method, argument in (("batch_select_indices", torch.tensor([0, 2])), ("batch_repeat_interleave", 2)):
+        with pytest.raises(ValueError, match=f"{method}: layer 1, a StaticLayer, cannot; no layer was changed"):
+            getattr(cache, method)(argument)
+    assert [layer.keys.shape[0] for layer in cache.layers] == [3, 3]
+
+
 def test_a_prompt_that_does_not_fit_allocates_nothing():
     layer = FixedKIVILayer(CONFIGS["2_bits"].layer(0), 64)
     with pytest.raises(ValueError, match="100 new tokens after 0 cached ones"):
