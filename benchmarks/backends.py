@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from kivicache import KIVIConfig, __version__
-from kivicache.fidelity import spread_sequences
+from kivicache.fidelity import text_pieces
 from kivicache.files import replacing
 from kivicache.layer import KIVILayer
 from kivicache.models import load_model
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "backends.csv")
     args = parser.parse_args()
     model, tokenizer = load_model(None)
-    tokens = tokenizer(Path(args.text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    batch = spread_sequences(tokens, args.sequences, args.prefill + args.steps + 1)
+    text = Path(args.text).read_text(encoding="utf-8")
+    batch = text_pieces(tokenizer, text, args.sequences, args.prefill + args.steps + 1)
     loss = CachedKL(model, batch, args.prefill, args.step)
     with replacing(args.out) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         file.write(

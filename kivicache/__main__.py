@@ -251,22 +251,35 @@ def _lines(progress: Progress) -> Callable[[str, bool], None]:
 def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
     description = "Search the bits of every layer under a budget (KVTuner) and write them as YAML for KIVICache."
     parser = commands.add_parser("tune", help="search the best bits per layer", description=description)
+    defaults = tuning.TuningSettings
     parser.add_argument("--model", metavar="NAME", help=f"hub model or local folder (default: {EMBEDDED}, no network)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", metavar="FILE", help="calibration text (default: Python's own language reference)")
     text.add_argument("--dataset", metavar="NAME", help="OWNER/NAME[/CONFIG[/SPLIT]] on the hub, with a text column")
     parser.add_argument("--budget", type=float, required=True, metavar="BITS", help="true bits per packed value")
-    parser.add_argument("--trials", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--trials", type=_positive, default=defaults.trials, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("best.yaml"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--config", metavar="FILE", help="the base: what the search leaves alone (default: mse)")
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64], metavar="N", help="default: 32 64")
     rotations = [choice or "none" for choice in CHOICES["rotation"]]
     parser.add_argument("--rotations", nargs="+", choices=rotations, default=rotations, help="default: all")
-    parser.add_argument("--groups", type=_positive, default=12, metavar="N", help="of layers that choose alike (12)")
-    parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
-    parser.add_argument("--sequences", type=_positive, default=12, metavar="N", help="pieces of the text (12)")
     parser.add_argument(
-        "--prefill", type=_positive, default=512, metavar="N", help="tokens of each that are packed (512)"
+        "--groups",
+        type=_positive,
+        default=defaults.groups,
+        metavar="N",
+        help="of layers that choose alike (%(default)s)",
+    )
+    parser.add_argument("--per-head", action="store_true", help="choose bits for every kv head, not every layer")
+    parser.add_argument(
+        "--sequences", type=_positive, default=defaults.sequences, metavar="N", help="pieces of the text (%(default)s)"
+    )
+    parser.add_argument(
+        "--prefill",
+        type=_positive,
+        default=defaults.prefill,
+        metavar="N",
+        help="tokens of each that are packed (%(default)s)",
     )
     parser.add_argument("--task", metavar="TASK", help="minimize its errors, not KL: gsm8k:data=FILE,limit=20")
     parser.add_argument("--storage", metavar="FILE|URL", help="journal or optuna database (default: OUT.journal)")

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
 from kivicache.backends import get_backend
 from kivicache.config import PRESETS, KIVIConfig, LayerConfig
 from kivicache.fixed import FixedKIVILayer, check_capacity
-from kivicache.layer import KIVILayer, outside_of_graphs
+from kivicache.layer import GROWS, KIVILayer, outside_of_graphs
 from kivicache.memory import MemoryReport, format_bytes, held_by
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class _NextLayer:
     kivi_config: KIVIConfig
     layers: list[Any]
 
-    @outside_of_graphs
+    @outside_of_graphs(GROWS)
     def __call__(self) -> KIVILayer:
         return KIVILayer(self.kivi_config.layer(len(self.layers)))
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class CacheSpec:
             raise ValueError(f"cache {text!r}: {error}") from None
         raise ValueError(f"cache: got {text!r}; allowed: {_ALLOWED}")
 
-    @property
+    @cached_property
     def libraries(self) -> dict[str, str]:
         """The versions of the quantization libraries that it calls."""
         used = KIVIConfig.from_dict(self.settings).backends if self.kind == "kivi" else {self.kind}

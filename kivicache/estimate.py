@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -123,9 +124,13 @@ def estimate(
     def packed(context: int) -> int:
         return cache_bytes(config, token, cfg, context, fixed)
 
+    layers = (
+        [] if fixed else [layer.config for layer in KIVICache(cfg, config=config).layers if type(layer) is KIVILayer]
+    )
+
     def most(context: int) -> int:
         """While the cache grows to this context: packing a block makes it smaller."""
-        return max(map(packed, {context} if fixed else {context, *_peaks(config, cfg, context)}))
+        return max(map(packed, {context, *(_last_peak(layer, context) for layer in layers)}))
 
     def full(context: int) -> int:
         return cache_bytes(config, token, None, context)
@@ -186,15 +191,11 @@ def cache_bytes(
     return total
 
 
-def _peaks(config: PreTrainedConfig, cfg: KIVIConfig, context: int) -> set[int]:
-    """For each layer the last length up to ``context`` behind which it packs keys."""
-    layers = KIVICache(cfg, config=config).layers
-    return {_last_peak(layer.config, context) for layer in layers if isinstance(layer, KIVILayer)}
-
-
 def _last_peak(config: LayerConfig, context: int) -> int:
-    shorter = range(context - 1, 0, -1)
-    return next((n for n in shorter if packed_lengths(config, n)[0] < packed_lengths(config, n + 1)[0]), context)
+    """The last length up to ``context`` behind which the layer packs keys, or ``context`` where it packs none."""
+    packed = packed_lengths(config, context)[0]
+    first = bisect_left(range(context), packed, key=lambda length: packed_lengths(config, length)[0])
+    return max(first - 1, 1) if packed else context
 
 
 def _layer_bytes(layer: Any, keys: Tensor, values: Tensor, context: int) -> int:

@@ -18,7 +18,7 @@ from kivicache.buffer import TokenBuffer
 from kivicache.config import LayerConfig
 from kivicache.fixed_attention import FixedPackedStates, append_step, places_of_heads
 from kivicache.fixed_states import KEYS, MAX_STEP_LENGTH, REFUSED, SINKS, TOTAL, VALUES, FixedStates, static
-from kivicache.layer import KIVILayer, check_pair, checked_crop
+from kivicache.layer import KIVILayer, check_pair, checked_crop, outside_of_graphs
 from kivicache.memory import MemoryReport
 from kivicache.policy import packed_lengths
 from kivicache.states import KIVIStates
@@ -101,9 +101,7 @@ class FixedKIVILayer(KIVILayer):
             return False
         return self._fits(key_states, value_states)
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="a prompt on KIVICache(max_cache_len=...) is cached outside of the compiled graph"
-    )
+    @outside_of_graphs("a prompt on KIVICache(max_cache_len=...) is cached outside of the compiled graph")
     def _update_outside(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         check_pair(key_states, value_states)
         new = key_states.shape[2]

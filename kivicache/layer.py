@@ -19,10 +19,13 @@ from kivicache.states import KIVIStates
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def outside_of_graphs(function: _Function) -> _Function:
-    """Let a model compiled by hand break its graph here: sizes change from step to step, also those of buffers."""
-    reason = "KIVICache grows outside of a compiled graph; one graph takes KIVICache(max_cache_len=...)"
-    return torch.compiler.disable(function, reason=reason)
+def outside_of_graphs(reason: str) -> Callable[[_Function], _Function]:
+    """Let a compiled model break its graph at this function; where it may not, the error says the reason."""
+    return torch.compiler.disable(reason=reason)
+
+
+# sizes change from step to step, also those of buffers
+GROWS = "KIVICache grows outside of a compiled graph; one graph takes KIVICache(max_cache_len=...)"
 
 
 class KIVILayer(DynamicLayer):
@@ -59,7 +62,7 @@ class KIVILayer(DynamicLayer):
             return self._update_outside(key_states, value_states)
         return self._update(key_states, value_states, may_attend_packed=True)
 
-    @outside_of_graphs
+    @outside_of_graphs(GROWS)
     def _update_outside(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         return self._update(key_states, value_states, may_attend_packed=False)  # a graph cannot hold PackedStates
 

@@ -222,10 +222,11 @@ def search(
         assignment = expand(groups, fresh)
         trial.set_user_attr("choices", [str(choice) for choice in assignment.values()])
         try:
-            study.tell(trial, (finite(loss(assignment)), average_bits(groups, fresh)))
+            measured = finite(loss(assignment))
         except BaseException:  # also Ctrl-C: no trial is left that seems to run
             study.tell(trial, state=TrialState.FAIL)
             raise
+        study.tell(trial, (measured, average_bits(groups, fresh)))
         done = tried(study)
         on_trial(len(done), min(own.values[0] for own in done.values()))
 

@@ -126,6 +126,11 @@ def test_every_context_up_to_the_longest_fits(settings):
         assert found == next(i for i, size in enumerate(sizes) if size > room)
 
 
+def test_the_longest_context_of_a_residual_that_never_ends():
+    found = estimate(LLAMA, KIVIConfig(residual_length=2**40), context=1, gpu_memory=2**45)  # 10**10 tokens and more
+    assert 0.9 < found.largest_context / found.largest_context_full_precision < 1
+
+
 @pytest.mark.parametrize(
     ("method", "quantization"),
     [

@@ -290,7 +290,7 @@ def test_a_refused_update_leaves_the_cache_as_it_was(kind, new, message):
         layer.update(*new)
     with pytest.raises(ValueError, match="tokens_to_remove: got 7"):
         layer.crop(7)
-    with pytest.raises(ValueError, match="keys: "):
+    with pytest.raises(ValueError, match="keys: got" if type(layer) is KIVILayer else "keys: a KIVICache.*cannot be"):
         layer.keys = torch.zeros(3)
     assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.memory() == memory
     layer.update(states(1), states(1))
